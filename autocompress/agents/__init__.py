@@ -1,0 +1,73 @@
+"""Searches that decide a problem's knobs one by one, and the baselines they have to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+from autocompress.agents.actor_critic import DDPGSearch, SACSearch, TD3Search
+from autocompress.agents.baselines import Greedy, RandomSearch, Uniform
+from autocompress.core import Search
+from autocompress.core.errors import RecipeError
+
+__all__ = [
+    "SEARCHES",
+    "DDPGSearch",
+    "Greedy",
+    "RandomSearch",
+    "SACSearch",
+    "TD3Search",
+    "Uniform",
+    "make_search",
+]
+
+SEARCHES: dict[str, type[Any]] = {
+    "ddpg": DDPGSearch,
+    "td3": TD3Search,
+    "sac": SACSearch,
+    "random": RandomSearch,
+    "uniform": Uniform,
+    "greedy": Greedy,
+}
+
+
+def make_search(name: str, settings: Mapping[str, Any]) -> Search:
+    """The search of that name with some settings changed from their defaults.
+
+    Args:
+        name: a key of :data:`SEARCHES`.
+        settings: setting -> value, as read from YAML; lists stand for tuples.
+
+    Raises:
+        RecipeError: unknown search or setting, or a value out of range; names every fault.
+
+    Example:
+        >>> make_search("ddpg", {"hidden": [32], "sigma": 0.3}).hidden
+        (32,)
+    """
+    if name not in SEARCHES:
+        raise RecipeError(f"no search named {name!r}; {_instead(name, list(SEARCHES))}")
+    kind = SEARCHES[name]
+    known = [field.name for field in fields(kind)]
+    faults = [
+        f"search {name} has no setting {key!r}; {_instead(key, known)}"
+        for key in settings
+        if key not in known
+    ]
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in known}
+    try:
+        search: Search = kind(**values)
+    except RecipeError as fault:
+        raise RecipeError([*faults, *fault.faults]) from None
+    if faults:
+        raise RecipeError(faults)
+    return search
+
+
+def _instead(word: str, known: list[str]) -> str:
+    close = get_close_matches(str(word), known, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"it has {', '.join(known)}" if known else "it has none"

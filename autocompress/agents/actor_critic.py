@@ -1,0 +1,128 @@
+"""Settings of the actor-critic searches; stable-baselines3 is loaded when one of them runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from autocompress.core import Problem, SearchResult, TrialCallback
+from autocompress.core.errors import RecipeError
+
+Algorithm = Literal["ddpg", "td3", "sac"]
+
+
+@dataclass(frozen=True)
+class ActorCriticSearch:
+    """Learns a network that maps what is known of a knob to its choice; base of DDPG, TD3 and SAC.
+
+    Plans in order: the uniform one; warm-up plans (a quarter of all, at most 100), in turn jittered
+    around the uniform one and wholly random; plans explored around the actor; last, the actor's own
+    deterministic episode, which is ``SearchResult.policy``. Trials are marked ``uniform``, ``jitter``,
+    ``warm-up``, ``explore`` and ``policy``.
+
+    Exploration adds truncated normal noise to the fractions the actor chooses. Its standard deviation
+    falls exponentially from ``sigma`` after the warm-up to ``sigma_end`` at 80 % of the plans. All but
+    the last plan are scaled by a common factor to spend the budget.
+
+    Args:
+        hidden: units per hidden layer of actor and critic.
+        learning_rate: of actor and critic (Adam).
+        batch_size: transitions per gradient step.
+        tau: share by which the target networks move per gradient step.
+        sigma, sigma_end: standard deviation of the exploration, in fractions of the choices.
+        updates_per_step: gradient steps per decision, taken after each episode.
+
+    Raises:
+        RecipeError: a setting is out of range; names all of them.
+    """
+
+    hidden: tuple[int, ...] = (64, 64)
+    learning_rate: float = 1e-3
+    batch_size: int = 64
+    tau: float = 0.01
+    sigma: float = 0.5
+    sigma_end: float = 0.05
+    updates_per_step: int = 1
+
+    algorithm: ClassVar[Algorithm]
+
+    def __post_init__(self) -> None:
+        rules: list[tuple[str, Any, bool]] = [
+            ("hidden must be one or more whole numbers >= 1", self.hidden, _are_counts(self.hidden)),
+            ("learning_rate must be in (0, 1]", self.learning_rate, _is_share(self.learning_rate)),
+            ("batch_size must be a whole number >= 1", self.batch_size, _are_counts([self.batch_size])),
+            ("tau must be in (0, 1]", self.tau, _is_share(self.tau)),
+            ("sigma must be in (0, 1]", self.sigma, _is_share(self.sigma)),
+            ("sigma_end must be in (0, 1]", self.sigma_end, _is_share(self.sigma_end)),
+            (
+                "updates_per_step must be a whole number >= 1",
+                self.updates_per_step,
+                _are_counts([self.updates_per_step]),
+            ),
+        ]
+        faults = [f"{rule}, got {value!r}" for rule, value, holds in rules if not holds]
+        if not faults and self.sigma_end > self.sigma:
+            faults = [f"sigma_end must be at most sigma ({self.sigma}), got {self.sigma_end}"]
+        if faults:
+            raise RecipeError([f"search {self.algorithm}: {fault}" for fault in faults])
+
+    def __call__(
+        self, problem: Problem, *, num_plans: int, seed: int, callbacks: Sequence[TrialCallback] = ()
+    ) -> SearchResult:
+        """Assess exactly ``num_plans`` plans; see :class:`autocompress.core.Search`.
+
+        Raises:
+            InfeasibleBudgetError: no plan meets the budgets.
+            ValueError: ``num_plans`` is below 2, or knobs lack the features of ``ChannelPruningEnv``.
+            DivergenceError: rewards or network weights are not finite.
+        """
+        from autocompress.agents import sb3
+
+        return sb3.search(self, problem, num_plans=num_plans, seed=seed, callbacks=callbacks)
+
+
+class DDPGSearch(ActorCriticSearch):
+    """Deep deterministic policy gradient, the search of AMC and HAQ; settings as in the base class.
+
+    Source: He et al., "AMC", ECCV 2018, section 3.3; Lillicrap et al., arXiv 1509.02971. See
+    :mod:`autocompress.agents.sb3` for what differs from the paper.
+    """
+
+    algorithm: ClassVar[Algorithm] = "ddpg"
+
+
+class TD3Search(ActorCriticSearch):
+    """DDPG with two critics and delayed actor updates; settings as in the base class.
+
+    Source: Fujimoto et al., "Addressing Function Approximation Error in Actor-Critic Methods", ICML 2018.
+    """
+
+    algorithm: ClassVar[Algorithm] = "td3"
+
+
+class SACSearch(ActorCriticSearch):
+    """Soft actor-critic; settings as in the base class.
+
+    Source: Haarnoja et al., arXiv 1812.05905. Differs from the paper in exploring like DDPG instead of
+    sampling the actor, so that ``sigma`` means the same for all three.
+    """
+
+    algorithm: ClassVar[Algorithm] = "sac"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= 1
+
+
+def _are_counts(values: Any) -> bool:
+    return (
+        isinstance(values, list | tuple)
+        and len(values) > 0
+        and all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values)
+    )

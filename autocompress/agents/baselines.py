@@ -1,0 +1,166 @@
+"""Searches without learning: what a learned one has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autocompress.agents.scaling import scaled_to_budget
+from autocompress.core import Cost, Problem, SearchResult, Trial, TrialCallback, Value
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """All knobs at one common fraction: the largest within every budget. Assesses exactly one plan."""
+
+    def __call__(
+        self, problem: Problem, *, num_plans: int, seed: int, callbacks: Sequence[TrialCallback] = ()
+    ) -> SearchResult:
+        """Assess the uniform plan; see :class:`autocompress.core.Search`. ``seed`` changes nothing.
+
+        Raises:
+            InfeasibleBudgetError: no plan meets the budgets.
+            ValueError: ``num_plans`` is below 1.
+        """
+        require_plans("uniform", num_plans, 1)
+        values = scaled_to_budget(problem, [1.0] * len(problem.knobs))
+        return SearchResult((recorded(problem.assess(values, index=0, source="uniform"), callbacks),))
+
+
+@dataclass(frozen=True)
+class RandomSearch:
+    """Independent uniform fractions per knob, scaled by a common factor to spend the budget.
+
+    A stronger baseline than clipping random wishes in order, which starves the knobs decided last and
+    leaves budget unspent.
+    """
+
+    def __call__(
+        self, problem: Problem, *, num_plans: int, seed: int, callbacks: Sequence[TrialCallback] = ()
+    ) -> SearchResult:
+        """Assess ``num_plans`` random plans; see :class:`autocompress.core.Search`.
+
+        Raises:
+            InfeasibleBudgetError: no plan meets the budgets.
+            ValueError: ``num_plans`` is below 1.
+        """
+        require_plans("random", num_plans, 1)
+        rng = np.random.default_rng(seed)
+        trials = []
+        for index in range(num_plans):
+            values = scaled_to_budget(problem, rng.uniform(size=len(problem.knobs)).tolist())
+            trials.append(recorded(problem.assess(values, index=index, source="random"), callbacks))
+        return SearchResult(tuple(trials))
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Removes cost in equal rounds, each from the knob where it hurts the score least.
+
+    Starts unchanged. A round evaluates, for every knob, the highest choice that removes this round's
+    share of the excess cost, and keeps the one with the best score. The number of rounds is as large as
+    ``num_plans`` allows. Evaluations of plans still over budget count towards ``num_plans`` but are no
+    trials.
+
+    Source: Yang et al., "NetAdapt: Platform-Aware Neural Network Adaptation for Mobile Applications",
+    ECCV 2018, algorithm 1. Differs from the paper in scoring without short-term fine-tuning, in dividing
+    the loss of score by the cost removed (choices are discrete, so proposals remove unequal amounts),
+    and in ending with one plan scaled to the budget if the evaluations run out.
+    """
+
+    def __call__(
+        self, problem: Problem, *, num_plans: int, seed: int, callbacks: Sequence[TrialCallback] = ()
+    ) -> SearchResult:
+        """Assess at most ``num_plans`` plans; see :class:`autocompress.core.Search`. ``seed`` is not used.
+
+        Raises:
+            InfeasibleBudgetError: no plan meets the budgets.
+            ValueError: ``num_plans`` is below the number of knobs plus 2.
+        """
+        num_knobs = len(problem.knobs)
+        require_plans("greedy", num_plans, num_knobs + 2)
+        problem.reachable()
+        descent = _Descent(problem, callbacks)
+        num_rounds = (num_plans - 2) // num_knobs
+        step = (descent.pressure - 1) / num_rounds
+        while not descent.trials:
+            if descent.num_evaluated + num_knobs >= num_plans or not descent.lower_one_knob(step):
+                descent.finish()
+        return SearchResult(tuple(descent.trials))
+
+
+class _Descent:
+    """State of one greedy search: the present choices, their score, and the trials so far."""
+
+    def __init__(self, problem: Problem, callbacks: Sequence[TrialCallback]) -> None:
+        self.problem, self.callbacks = problem, callbacks
+        self.values: list[Value] = [knob.choices[-1] for knob in problem.knobs]
+        self.trials: list[Trial] = []
+        self.num_evaluated = 0
+        self.pressure = self._pressure_of(problem.largest)
+        self.score = self._score_of(self.values)
+
+    def _pressure_of(self, cost: Cost) -> float:
+        """How far over budget: the largest ratio of cost to limit; at most 1 when all budgets are met."""
+        return max((cost[b.metric] / b.limit for b in self.problem.budgets), default=0.0)
+
+    def _score_of(self, values: Sequence[Value]) -> float:
+        self.num_evaluated += 1
+        plan = self.problem.plan(values)
+        if not self.problem.meets_budgets(self.problem.price(plan)):
+            return float(self.problem.evaluate(plan))
+        trial = self.problem.assess(values, index=len(self.trials), source="greedy")
+        self.trials.append(recorded(trial, self.callbacks))
+        return trial.score
+
+    def lower_one_knob(self, step: float) -> bool:
+        """One round: take the proposal that loses the least score per cost; False if none removes cost."""
+        goal = max(self.pressure - step, 1.0)
+        proposals = []
+        for index in range(len(self.values)):
+            values = self._lowered(index, goal)
+            removed = self.pressure - self._pressure(values)
+            if removed > 0:
+                score = self._score_of(values)
+                proposals.append(((self.score - score) / removed, -removed, index, score, values))
+        if not proposals:
+            return False
+        _, removed, _, self.score, self.values = min(proposals, key=lambda p: p[:3])
+        self.pressure += removed
+        return True
+
+    def finish(self) -> None:
+        """Assess the present choices, scaled to the budget."""
+        fractions = [k.fraction_of(v) for k, v in zip(self.problem.knobs, self.values, strict=True)]
+        self._score_of(scaled_to_budget(self.problem, fractions))
+
+    def _pressure(self, values: Sequence[Value]) -> float:
+        return self._pressure_of(self.problem.price(self.problem.plan(values)))
+
+    def _lowered(self, index: int, goal: float) -> list[Value]:
+        """The present choices, one knob at its highest lower choice that reaches the goal, else its first."""
+        choices = self.problem.knobs[index].choices
+
+        def at(choice: int) -> list[Value]:
+            return [*self.values[:index], choices[choice], *self.values[index + 1 :]]
+
+        low, high = 0, choices.index(self.values[index])
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._pressure(at(middle)) <= goal else (low, middle)
+        return at(low)
+
+
+def require_plans(name: str, num_plans: int, least: int) -> None:
+    """Raise if a search is given fewer plans than it can work with."""
+    if num_plans < least:
+        raise ValueError(f"{name} needs num_plans >= {least} on this problem, got {num_plans}")
+
+
+def recorded(trial: Trial, callbacks: Sequence[TrialCallback]) -> Trial:
+    """The trial, after every callback has seen it."""
+    for callback in callbacks:
+        callback(trial)
+    return trial

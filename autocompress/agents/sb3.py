@@ -1,0 +1,247 @@
+"""DDPG, TD3 and SAC on layer-wise episodes: the only door to stable-baselines3.
+
+Source: He et al., "AMC", ECCV 2018, section 3.3 and its released code: every transition of an episode
+carries the episode's final reward, the bounded action is what is stored, one gradient step per
+transition after each episode, gamma 1. Differs from the paper in
+
+* the target: each transition regresses on the final reward itself; adding the critic's value of the next
+  state on top would count the same reward once per remaining layer;
+* the baseline: rewards in a batch are centred and scaled by mean and deviation of all stored ones,
+  instead of subtracting a moving average;
+* replay: good episodes are drawn more often (see :class:`EpisodeReplay`);
+* exploration: noise is scaled by a common factor that spends the budget, so that no layer starves;
+* warm-up: the uniform plan and jittered copies are among the warm-up plans;
+* one learning rate and 64 units where AMC has 1e-4 (actor), 1e-3 (critic) and 300 units.
+
+The networks are tiny, so they stay on the CPU, where results are equal for equal seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import truncnorm
+from stable_baselines3 import DDPG, SAC, TD3
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+from autocompress.agents.actor_critic import ActorCriticSearch
+from autocompress.agents.baselines import recorded, require_plans
+from autocompress.agents.scaling import scaled_to_budget
+from autocompress.core import Problem, SearchResult, Trial, TrialCallback
+from autocompress.core.errors import DivergenceError
+from autocompress.envs import ChannelPruningEnv, LayerwiseEnv
+from autocompress.envs.layerwise import Vector
+
+_ALGORITHMS = {"ddpg": DDPG, "td3": TD3, "sac": SAC}
+_JITTER = 0.2  # standard deviation of the jittered uniform plans, relative to the uniform fraction
+_EXPLORED_SHARE = 0.8  # share of the plans after which the noise has fallen to sigma_end
+_RANK_WEIGHT = 3.0  # the best stored transition is drawn e^3 = 20 times as often as the worst
+_SMALLEST_FRACTION = 0.01  # keeps common factors finite
+
+Policy = Callable[[Vector, int], float]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What an environment showed and did.
+
+    Args:
+        states: shape (steps + 1, observation).
+        actions: the bounded actions, shape (steps,).
+        reward: of the last step.
+        trial: plan, score and cost.
+    """
+
+    states: Vector
+    actions: Vector
+    reward: float
+    trial: Trial
+
+
+class EpisodeReplay(ReplayBuffer):
+    """Replay buffer that gives the final reward to every transition of an episode.
+
+    Transitions are drawn with probability proportional to ``exp(3 * rank)``, rank from 0 (worst reward)
+    to 1 (best), and rewards are returned with mean 0 and deviation 1 over the buffer.
+
+    Args:
+        rng: draws the batches (the base class draws from NumPy's global state).
+        kwargs: as for the base class.
+    """
+
+    def __init__(self, *args: Any, rng: np.random.Generator, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._rng = rng
+        self._probabilities: NDArray[np.float64] = np.ones(0)
+
+    def add_episode(self, episode: Episode) -> None:
+        """Store every transition as an end of its own with the episode's reward."""
+        reward, done = np.array([episode.reward]), np.array([True])
+        for state, action, after in zip(episode.states, episode.actions, episode.states[1:], strict=False):
+            self.add(state, after, np.array([action]), reward, done, [{}])
+        rewards = self.rewards[: self.size(), 0]
+        rank = np.searchsorted(np.sort(rewards), rewards) / len(rewards)
+        weight = np.exp(_RANK_WEIGHT * rank)
+        self._probabilities = weight / weight.sum()
+
+    def sample(self, batch_size: int, env: Any = None) -> ReplayBufferSamples:
+        """A batch with normalised rewards; ``env`` is not used."""
+        rewards = self.rewards[: self.size(), 0]
+        indices = self._rng.choice(self.size(), size=batch_size, p=self._probabilities)
+        batch = self._get_samples(indices)
+        deviation = max(float(rewards.std()), 1e-8)
+        return batch._replace(rewards=(batch.rewards - float(rewards.mean())) / deviation)
+
+
+class _Learner:
+    """An actor and its critics, with random numbers of their own.
+
+    Evaluating a plan may draw from torch's global state or, when it comes from a ledger, may not; the
+    learner must not notice, and the caller's state must not move.
+    """
+
+    def __init__(self, settings: ActorCriticSearch, env: LayerwiseEnv, num_plans: int, seed: int) -> None:
+        self._settings = settings
+        self._num_steps = len(env.problem.knobs)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._random_state = torch.get_rng_state()
+        with self._own_random_numbers():
+            self._model = _ALGORITHMS[settings.algorithm](
+                "MlpPolicy",
+                env,
+                learning_rate=settings.learning_rate,
+                batch_size=settings.batch_size,
+                tau=settings.tau,
+                gamma=1.0,
+                buffer_size=self._num_steps * num_plans,
+                replay_buffer_class=EpisodeReplay,
+                replay_buffer_kwargs={"rng": np.random.default_rng([seed, 1])},
+                policy_kwargs={"net_arch": list(settings.hidden)},
+                device="cpu",
+            )
+        self._model.set_logger(Logger(None, []))
+
+    def act(self, state: Vector, step: int) -> float:
+        """The actor's own action, without noise."""
+        action, _ = self._model.predict(state, deterministic=True)
+        return float(action[0])
+
+    def remember(self, episode: Episode) -> None:
+        """Store an episode."""
+        if not math.isfinite(episode.reward):
+            raise DivergenceError(
+                f"the reward of plan {episode.trial.plan.digest} must be finite, got {episode.reward}; "
+                "check the score and the MACs"
+            )
+        replay = self._model.replay_buffer
+        assert isinstance(replay, EpisodeReplay)
+        replay.add_episode(episode)
+
+    def learn(self) -> None:
+        """Gradient steps for one episode."""
+        steps = self._num_steps * self._settings.updates_per_step
+        with self._own_random_numbers():
+            self._model.train(gradient_steps=steps, batch_size=self._settings.batch_size)
+        if not all(bool(p.isfinite().all()) for p in self._model.policy.parameters()):
+            raise DivergenceError(
+                f"{self._settings.algorithm}: network weights are not finite after a gradient step; "
+                f"lower learning_rate (now {self._settings.learning_rate})"
+            )
+
+    @contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._random_state)
+            yield
+            self._random_state = torch.get_rng_state()
+
+
+def search(
+    settings: ActorCriticSearch,
+    problem: Problem,
+    *,
+    num_plans: int,
+    seed: int,
+    callbacks: Sequence[TrialCallback] = (),
+) -> SearchResult:
+    """Run one actor-critic search; see :class:`ActorCriticSearch` for the order of the plans.
+
+    Raises:
+        InfeasibleBudgetError: no plan meets the budgets.
+        ValueError: ``num_plans`` is below 2, or knobs lack the features of ``ChannelPruningEnv``.
+        DivergenceError: rewards or network weights are not finite.
+    """
+    require_plans(settings.algorithm, num_plans, 2)
+    env = ChannelPruningEnv(problem)
+    rehearsal = ChannelPruningEnv(replace(problem, evaluate=lambda plan: 0.0))
+    learner = _Learner(settings, rehearsal, num_plans, seed)
+    rng = np.random.default_rng([seed, 0])
+    num_warmup = max(1, min(100, num_plans // 4))
+    trials = []
+    for index in range(num_plans - 1):
+        if index < num_warmup:
+            source, fractions = _warm_up(problem, index, rng)
+        else:
+            sigma = _sigma(settings, (index - num_warmup) / max(_EXPLORED_SHARE * num_plans - num_warmup, 1))
+            source, fractions = "explore", _noisy(play(rehearsal, learner.act), sigma, rng)
+        episode = play(env, _fixed(problem, fractions))
+        learner.remember(episode)
+        trials.append(recorded(replace(episode.trial, index=index, source=source), callbacks))
+        if index + 1 >= num_warmup:
+            learner.learn()
+    final = play(env, learner.act).trial
+    trials.append(recorded(replace(final, index=num_plans - 1, source="policy"), callbacks))
+    return SearchResult(tuple(trials), final.plan)
+
+
+def play(env: LayerwiseEnv, policy: Policy) -> Episode:
+    """One episode in which ``policy(state, step)`` chooses every action."""
+    state, _ = env.reset()
+    states: list[Vector] = [state]
+    actions: list[float] = []
+    reward, ended, info = 0.0, False, dict[str, Any]()
+    while not ended:
+        action = np.array([policy(state, len(actions))], np.float32)
+        state, reward, ended, _, info = env.step(action)
+        states.append(state)
+        actions.append(info["bounded_action"])
+    return Episode(np.stack(states), np.array(actions, np.float32), reward, info["trial"])
+
+
+def _fixed(problem: Problem, fractions: NDArray[np.float64]) -> Policy:
+    """A policy that plays the given fractions, scaled to the budget."""
+    values = scaled_to_budget(problem, fractions.tolist())
+    actions = [2 * k.fraction_of(v) - 1 for k, v in zip(problem.knobs, values, strict=True)]
+    return lambda state, step: actions[step]
+
+
+def _warm_up(problem: Problem, index: int, rng: np.random.Generator) -> tuple[str, NDArray[np.float64]]:
+    num_knobs = len(problem.knobs)
+    if index == 0:
+        return "uniform", np.ones(num_knobs)
+    if index % 2:
+        jittered = 1 + _JITTER * rng.standard_normal(num_knobs)
+        return "jitter", np.maximum(jittered, _SMALLEST_FRACTION)
+    return "warm-up", rng.uniform(_SMALLEST_FRACTION, 1, num_knobs)
+
+
+def _sigma(settings: ActorCriticSearch, progress: float) -> float:
+    return float(settings.sigma * (settings.sigma_end / settings.sigma) ** min(progress, 1.0))
+
+
+def _noisy(episode: Episode, sigma: float, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Truncated normal fractions around those of an episode."""
+    mean = (episode.actions.astype(np.float64) + 1) / 2
+    low, high = (0 - mean) / sigma, (1 - mean) / sigma
+    drawn: NDArray[np.float64] = truncnorm.rvs(low, high, mean, sigma, random_state=rng)
+    return np.maximum(drawn, _SMALLEST_FRACTION)

@@ -1,0 +1,266 @@
+"""The command line; the only module that prints."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+from autocompress.core.errors import AutocompressError
+
+if TYPE_CHECKING:
+    from autocompress.core import Problem, Result
+    from autocompress.pipeline import Candidate, Event, Prepared
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Decides, layer by layer, how many channels a network keeps, for a budget.",
+)
+out = Console()
+err = Console(stderr=True)
+
+INTERRUPTED = 130
+FAULT = 2
+
+RecipeArgument = Annotated[Path, typer.Argument(help="A recipe file, or the name of a bundled one.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe; may be repeated."),
+]
+
+
+class Listing(StrEnum):
+    """What ``autocompress list`` can list."""
+
+    MODELS = "models"
+    TARGETS = "targets"
+    SEARCHES = "searches"
+    RECIPES = "recipes"
+    DATA = "data"
+
+
+@app.command(
+    epilog="Examples: [bold]autocompress run recipes/digits.yaml[/] · "
+    "[bold]autocompress run digits --set search.num_plans=50 --set seed=1[/] · "
+    "[bold]autocompress run --resume runs/digits[/]"
+)
+def run(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe file, or the name of a bundled one.")] = None,
+    overrides: SetOption = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder of the run [runs/NAME].")] = None,
+) -> None:
+    """Run a recipe: train, prune, fine-tune, export, report."""
+    from autocompress import pipeline
+
+    with _progress() as on_event:
+        if resume is not None:
+            if recipe is not None or overrides or out_dir is not None:
+                raise typer.BadParameter("--resume takes its recipe from the run; give nothing else with it")
+            result = pipeline.resume(resume, on_event=on_event)
+        elif recipe is None:
+            raise typer.BadParameter("name a recipe, or a run to --resume")
+        else:
+            loaded = pipeline.Recipe.load(recipe, overrides or ())
+            result = pipeline.run_recipe(loaded, out=out_dir, on_event=on_event)
+    _show_result(result)
+
+
+@app.command(
+    epilog="Examples: [bold]autocompress check digits[/] · "
+    "[bold]autocompress check my.yaml --set 'budgets={macs: 0.3}'[/]"
+)
+def check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """Say what can be pruned, what is locked and why, what is reachable, and how long a run takes."""
+    from autocompress import pipeline
+
+    loaded = pipeline.Recipe.load(recipe, overrides or ())
+    prepared = pipeline.prepare(loaded)
+    for candidate in prepared.candidates:
+        _show_candidate(prepared, candidate, pipeline.problem_of(candidate, loaded))
+
+
+@app.command(epilog="Example: [bold]autocompress report runs/digits[/]")
+def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.")]) -> None:
+    """Write report.html again from the files of a run."""
+    from autocompress.pipeline import write_report
+
+    out.print(f"wrote {escape(str(write_report(run_dir)))}", soft_wrap=True)
+
+
+@app.command("list", epilog="Example: [bold]autocompress list models[/]")
+def list_(what: Annotated[Listing, typer.Argument(help="What to list.")]) -> None:
+    """List networks, targets, searches, recipes or data sets by name."""
+    for line in _LISTINGS[what]():
+        out.print(escape(line), soft_wrap=True, highlight=False)
+
+
+def _models() -> Iterator[str]:
+    from autocompress.zoo import MODELS
+
+    yield from sorted(MODELS)
+    yield "torchvision:NAME (any torchvision classification network)"
+    yield "package.module:factory (your own)"
+
+
+def _targets() -> Iterator[str]:
+    from autocompress.hardware_sim import MacsModel
+
+    yield f"{MacsModel.name}: counts {', '.join(MacsModel.metrics)}; recipes limit macs and params"
+
+
+def _searches() -> Iterator[str]:
+    from autocompress.agents import SEARCHES
+
+    for name, kind in SEARCHES.items():
+        yield f"{name}: {(kind.__doc__ or '').strip().splitlines()[0]}"
+
+
+def _recipes() -> Iterator[str]:
+    from autocompress.pipeline import bundled_recipes
+
+    for path in bundled_recipes():
+        yield f"{path.stem}: {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}"
+
+
+def _data() -> Iterator[str]:
+    from autocompress.training import DATASETS
+
+    yield from sorted(DATASETS)
+    yield "package.module:factory (your own)"
+
+
+_LISTINGS: dict[Listing, Callable[[], Iterator[str]]] = {
+    Listing.MODELS: _models,
+    Listing.TARGETS: _targets,
+    Listing.SEARCHES: _searches,
+    Listing.RECIPES: _recipes,
+    Listing.DATA: _data,
+}
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Event], None]]:
+    """A live display: one line per stage with a bar, figures and the time left."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=18),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeLeft(compact=True),
+    )
+    with Progress(*columns, console=err, refresh_per_second=4) as progress:
+        tasks: dict[str, Any] = {}
+
+        def on_event(event: Event) -> None:
+            if event.stage not in tasks:
+                tasks[event.stage] = progress.add_task(event.stage, total=event.total, figures="")
+            shown = " · ".join(f"{name} {text}" for name, text in event.figures.items())
+            fields = {"figures": escape(shown)} if shown else {}
+            progress.update(tasks[event.stage], completed=event.done, total=event.total, **fields)
+
+        yield on_event
+
+
+def _show_result(result: Result) -> None:
+    table = Table(title=f"{result.name}: {result.provenance['model']} on {result.provenance['data']}")
+    for heading in ("", "before", "after", "change"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    rows = {
+        "accuracy (test)": ("accuracy", lambda v: f"{v:.2%}"),
+        "MACs": ("macs", lambda v: f"{v:,.0f}"),
+        "parameters": ("params", lambda v: f"{v:,.0f}"),
+        "bytes on disk (ONNX)": ("file_bytes", lambda v: f"{v:,.0f}"),
+        "latency (ONNX Runtime, ms)": ("latency_ms", lambda v: f"{v:.3f}"),
+    }
+    for label, (key, text) in rows.items():
+        if key in result.before and key in result.after:
+            before, after = result.before[key], result.after[key]
+            change = f"{100 * (after - before):+.2f} points" if key == "accuracy" else f"{after / before - 1:+.1%}"
+            table.add_row(label, text(before), text(after), change)
+    out.print(table)
+    if result.export:
+        agreement = result.export["top1_agreement"]
+        out.print(
+            f"ONNX Runtime against PyTorch on {result.export['num_images']:.0f} images: largest difference "
+            f"{result.export['max_abs_diff']:.1e}, top-1 agreement {agreement:.1%}"
+        )
+    if result.run_dir is not None:
+        out.print(f"report: {escape(str(result.run_dir / 'report.html'))}", soft_wrap=True)
+
+
+def _show_candidate(prepared: Prepared, candidate: Candidate, problem: Problem) -> None:
+    from autocompress.pipeline import estimate
+
+    graph = candidate.traced.graph
+    knobs = {knob.name: knob for knob in problem.knobs}
+    table = Table(title=f"{candidate.name}: channel groups")
+    for heading in ("group", "channels", "choices", "layers that read it", "locked because"):
+        table.add_column(heading, overflow="fold")
+    for group in graph.groups:
+        knob = knobs.get(group.name)
+        choices = f"{knob.choices[0]}..{knob.choices[-1]} ({len(knob.choices)})" if knob else "-"
+        reason = group.locked or ("" if knob else "kept by the recipe, or too small")
+        readers = ", ".join(group.consumers[:3]) + (" ..." if len(group.consumers) > 3 else "")
+        table.add_row(escape(group.name), str(group.size), choices, escape(readers), escape(reason))
+    out.print(table)
+    for note in graph.uncounted:
+        out.print(f"[yellow]not counted:[/] {escape(note)}")
+    smallest, largest = problem.reachable()
+    for metric in ("macs", "params"):
+        share = smallest[metric] / largest[metric]
+        out.print(f"{metric}: from {smallest[metric]:,.0f} ({share:.1%}) to {largest[metric]:,.0f}")
+    for budget in problem.budgets:
+        out.print(f"budget {budget} can be met")
+    times = estimate(prepared, candidate)
+    parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in times.stages.items())
+    out.print(f"one evaluation took {times.evaluation:.2f} s; estimated: {parts}; in all {times.total / 60:.1f} min")
+
+
+def _fault(message: str) -> int:
+    err.print("[bold red]error:[/] ", end="")
+    err.print(message, markup=False, highlight=False, soft_wrap=True)
+    return FAULT
+
+
+def main() -> None:
+    """Entry point: wrong input ends with exit code 2 and one message, Ctrl-C with 130 and a way to go on."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_path=False, show_time=False)]
+    )
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(standalone_mode=False)
+    except AutocompressError as fault:
+        code = _fault(str(fault))
+    except KeyboardInterrupt:
+        err.print("interrupted; go on with: autocompress run --resume RUN_DIRECTORY")
+        code = INTERRUPTED
+    except Exception as fault:
+        if not hasattr(fault, "exit_code"):
+            raise
+        getattr(fault, "show", lambda: None)()
+        code = fault.exit_code
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Plain data and arithmetic: standard library and NumPy only."""
+
+from autocompress.core.budget import Budget
+from autocompress.core.cost import METRICS, Cost, CostModel, Metric
+from autocompress.core.graph import Bits, ChannelGroup, LayerGraph, LayerSpec, Width
+from autocompress.core.ledger import Entry, Ledger
+from autocompress.core.plan import Plan
+from autocompress.core.problem import Knob, Problem, Value
+from autocompress.core.result import Result, Search, SearchResult, Trial, TrialCallback
+
+__all__ = [
+    "METRICS",
+    "Bits",
+    "Budget",
+    "ChannelGroup",
+    "Cost",
+    "CostModel",
+    "Entry",
+    "Knob",
+    "LayerGraph",
+    "LayerSpec",
+    "Ledger",
+    "Metric",
+    "Plan",
+    "Problem",
+    "Result",
+    "Search",
+    "SearchResult",
+    "Trial",
+    "TrialCallback",
+    "Value",
+    "Width",
+]

@@ -1,0 +1,205 @@
+"""What every search is given: knobs, budgets, a price and a score."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from autocompress.core.budget import Budget
+from autocompress.core.cost import Cost
+from autocompress.core.errors import InfeasibleBudgetError
+from autocompress.core.graph import Bits
+from autocompress.core.plan import Plan
+from autocompress.core.result import Trial
+
+KnobKind = Literal["arch", "channels", "weight_bits", "act_bits"]
+Value = int | str
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One decision of a search.
+
+    Args:
+        kind: what the decision sets.
+        name: channel group, layer or architecture choice it belongs to.
+        choices: the possible values, cheapest first; the last one leaves the network unchanged.
+        features: what an agent may know about the knob before deciding, each in [0, 1].
+
+    Raises:
+        ValueError: no choices, numeric choices that do not ascend, or a feature outside [0, 1].
+    """
+
+    kind: KnobKind
+    name: str
+    choices: tuple[Value, ...]
+    features: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.choices:
+            raise ValueError(f"knob {self.name!r} has no choices")
+        numbers = [c for c in self.choices if isinstance(c, int)]
+        if any(b <= a for a, b in zip(numbers, numbers[1:], strict=False)):
+            raise ValueError(f"choices of knob {self.name!r} must ascend, got {self.choices}")
+        if any(not 0 <= f <= 1 for f in self.features):
+            raise ValueError(f"features of knob {self.name!r} must lie in [0, 1], got {self.features}")
+
+    def at(self, fraction: float) -> Value:
+        """The choice at a fraction in [0, 1]: equal-width bins from the first choice to the last.
+
+        Values outside [0, 1] are clamped.
+        """
+        index = int(min(max(fraction, 0.0), 1.0) * len(self.choices))
+        return self.choices[min(index, len(self.choices) - 1)]
+
+    def fraction_of(self, value: Value) -> float:
+        """The middle of the bin of a choice, so that ``at(fraction_of(v)) == v``."""
+        return (self.choices.index(value) + 0.5) / len(self.choices)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Find the plan with the best score among those within every budget.
+
+    Args:
+        knobs: the decisions, in the order in which they are taken.
+        budgets: absolute limits; all must hold.
+        price: plan -> cost; never higher when a knob moves to an earlier choice.
+        evaluate: plan -> score, higher is better, finite. Deterministic.
+        identity: text that tells this problem's data and model from others; part of :attr:`digest`.
+
+    Raises:
+        ValueError: no knobs, or a budget that is still relative.
+    """
+
+    knobs: tuple[Knob, ...]
+    budgets: tuple[Budget, ...]
+    price: Callable[[Plan], Cost]
+    evaluate: Callable[[Plan], float]
+    identity: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.knobs:
+            raise ValueError("a problem needs at least one knob; nothing in this network can be changed")
+        for budget in self.budgets:
+            if budget.relative:
+                raise ValueError(f"budget {budget} is relative; resolve it against the original cost first")
+
+    def plan(self, values: Sequence[Value]) -> Plan:
+        """The plan that sets the first ``len(values)`` knobs and leaves the others unchanged."""
+        arch: dict[str, str] = {}
+        channels: dict[str, int] = {}
+        bits: dict[str, dict[str, int]] = {}
+        for knob, value in zip(self.knobs, values, strict=False):
+            if value not in knob.choices:
+                raise ValueError(f"knob {knob.name!r} offers {knob.choices}, got {value!r}")
+            if knob.kind == "arch":
+                arch[knob.name] = str(value)
+            elif knob.kind == "channels":
+                channels[knob.name] = int(value)
+            else:
+                side = "weight" if knob.kind == "weight_bits" else "act"
+                bits.setdefault(knob.name, {})[side] = int(value)
+        return Plan(arch, channels, {name: Bits(**sides) for name, sides in bits.items()})
+
+    @cached_property
+    def smallest(self) -> Cost:
+        """Cost with every knob at its first choice."""
+        return self.price(self.plan([knob.choices[0] for knob in self.knobs]))
+
+    @cached_property
+    def largest(self) -> Cost:
+        """Cost with every knob unchanged."""
+        return self.price(self.plan([knob.choices[-1] for knob in self.knobs]))
+
+    def reachable(self) -> tuple[Cost, Cost]:
+        """Smallest and largest reachable cost.
+
+        Raises:
+            InfeasibleBudgetError: the smallest plan breaks a budget; names each one broken and its floor.
+        """
+        broken = [b for b in self.budgets if not b.met_by(self.smallest)]
+        if broken:
+            faults = [
+                f"budget {b} cannot be met: the smallest reachable {b.metric} is "
+                f"{self.smallest[b.metric]:,.6g} ({self.smallest[b.metric] / self.largest[b.metric]:.1%} "
+                f"of {self.largest[b.metric]:,.6g})"
+                for b in broken
+            ]
+            raise InfeasibleBudgetError(
+                "; ".join(faults) + ". Raise the limit, lower the minimum keep ratio or unlock layers."
+            )
+        return self.smallest, self.largest
+
+    def meets_budgets(self, cost: Cost) -> bool:
+        """Whether a cost is within every budget."""
+        return all(budget.met_by(cost) for budget in self.budgets)
+
+    def feasible(self, values: Sequence[Value]) -> bool:
+        """Whether the first knobs at ``values`` leave a way to meet every budget."""
+        rest = [knob.choices[0] for knob in self.knobs[len(values) :]]
+        return self.meets_budgets(self.price(self.plan([*values, *rest])))
+
+    def clip(self, values: Sequence[Value], wanted: Value) -> Value:
+        """The largest choice, at most ``wanted``, of the next knob that can still meet every budget.
+
+        Returns a feasible choice whenever one exists, and is idempotent. Binary search: costs never
+        rise towards earlier choices.
+
+        Args:
+            values: choices of the knobs decided so far.
+            wanted: a choice of knob ``len(values)``.
+        """
+        choices = self.knobs[len(values)].choices
+        low, high = 0, choices.index(wanted)
+        if self.feasible([*values, choices[high]]):
+            return choices[high]
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.feasible([*values, choices[middle]]):
+                low = middle
+            else:
+                high = middle
+        return choices[low]
+
+    def bounded(self, wanted: Sequence[Value]) -> list[Value]:
+        """Every knob's wanted choice clipped in turn: an assignment within every budget."""
+        values: list[Value] = []
+        for value in wanted:
+            values.append(self.clip(values, value))
+        return values
+
+    def assess(self, values: Sequence[Value], *, index: int, source: str = "") -> Trial:
+        """Price and score one complete assignment.
+
+        Args:
+            values: one choice per knob.
+            index: running number of the plan within its search, from 0.
+            source: how the plan came about, e.g. ``warm-up``; shown in reports.
+
+        Raises:
+            ValueError: the assignment is incomplete or over budget, or the score is not finite.
+        """
+        if len(values) != len(self.knobs):
+            raise ValueError(f"{len(self.knobs)} knobs need as many values, got {len(values)}")
+        plan = self.plan(values)
+        cost = self.price(plan)
+        if not self.meets_budgets(cost):
+            raise ValueError(f"plan {plan.digest} is over budget: {dict(cost.totals)}")
+        start = time.perf_counter()
+        score = float(self.evaluate(plan))
+        if not math.isfinite(score):
+            raise ValueError(f"evaluate must return a finite score, got {score} for plan {plan.digest}")
+        return Trial(plan, score, cost, index, time.perf_counter() - start, source)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of everything that decides a plan's score and cost; keys the ledger."""
+        knobs = [[k.kind, k.name, list(k.choices)] for k in self.knobs]
+        return hashlib.sha256(json.dumps([knobs, self.identity]).encode()).hexdigest()[:16]

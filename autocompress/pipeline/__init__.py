@@ -1,0 +1,27 @@
+"""Recipes, runs and reports."""
+
+from autocompress.pipeline.estimate import Estimate, estimate
+from autocompress.pipeline.prepare import Candidate, Prepared, prepare, problem_of
+from autocompress.pipeline.progress import Event, OnEvent
+from autocompress.pipeline.recipe import Recipe, bundled_recipes, find_recipe
+from autocompress.pipeline.report import write_report
+from autocompress.pipeline.run import compress, load_compressed, resume, run_recipe
+
+__all__ = [
+    "Candidate",
+    "Estimate",
+    "Event",
+    "OnEvent",
+    "Prepared",
+    "Recipe",
+    "bundled_recipes",
+    "compress",
+    "estimate",
+    "find_recipe",
+    "load_compressed",
+    "prepare",
+    "problem_of",
+    "resume",
+    "run_recipe",
+    "write_report",
+]

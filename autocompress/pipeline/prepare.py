@@ -1,0 +1,127 @@
+"""Everything that can be checked before a run writes its first file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from autocompress.agents import make_search
+from autocompress.core import Problem
+from autocompress.core.errors import DataError, DivergenceError, RecipeError
+from autocompress.pipeline.quick_score import channel_problem
+from autocompress.pipeline.recipe import Recipe
+from autocompress.trace import Trace, trace
+from autocompress.training import Data, load_data
+from autocompress.zoo import build, load_weights
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network that may be compressed, and what tracing found."""
+
+    name: str
+    model: nn.Module
+    traced: Trace
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with its data and networks, checked to be runnable."""
+
+    recipe: Recipe
+    data: Data
+    candidates: tuple[Candidate, ...]
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Load the data and build the networks a recipe names.
+
+    Raises:
+        AutocompressError: any of its kinds; nothing has been written.
+    """
+    recipe.check_complete()
+    settings = recipe.data
+    assert settings is not None
+    _check_machine(recipe)
+    data = load_data(
+        settings.name,
+        root=Path(settings.root) if settings.root else None,
+        download=settings.download,
+        search_size=settings.search_size,
+        train_size=settings.train_size,
+        mean=settings.mean,
+        std=settings.std,
+        seed=recipe.seed,
+    )
+    models = {}
+    with torch.random.fork_rng():
+        for name in recipe.model:
+            torch.manual_seed(recipe.seed)
+            models[name] = build(name, num_classes=data.num_classes, in_channels=data.input_shape[0])
+            if recipe.weights is not None:
+                load_weights(models[name], Path(recipe.weights))
+    return prepare_own(models, data, recipe)
+
+
+def prepare_own(models: Mapping[str, nn.Module], data: Data, recipe: Recipe) -> Prepared:
+    """The same for networks and data that already exist.
+
+    Raises:
+        AutocompressError: any of its kinds; nothing has been written.
+    """
+    _check_machine(recipe)
+    make_search(recipe.search.algorithm, recipe.search.settings)
+    candidates = []
+    for name, model in models.items():
+        _check_finite(name, model)
+        _check_shape(name, model, data)
+        traced = trace(model, data.input_shape)
+        candidate = Candidate(name, model.to(recipe.device), traced)
+        problem_of(candidate, recipe).reachable()
+        candidates.append(candidate)
+    return Prepared(recipe, data, tuple(candidates))
+
+
+def problem_of(candidate: Candidate, recipe: Recipe) -> Problem:
+    """The candidate's problem without a score: enough to know what is reachable."""
+    budgets = [settings.budget for settings in recipe.budgets]
+    return channel_problem(
+        candidate.model, candidate.traced, None, settings=recipe.prune, budgets=budgets
+    )
+
+
+def _check_machine(recipe: Recipe) -> None:
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device: cuda is not available on this machine; set device: cpu")
+
+
+def _check_finite(name: str, model: nn.Module) -> None:
+    bad = [key for key, value in model.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise DivergenceError(f"weights of {name} are not finite: {', '.join(bad[:8])}; start from other weights")
+
+
+def _check_shape(name: str, model: nn.Module, data: Data) -> None:
+    """One image through the network, so that a mismatch is told before any work."""
+    training = model.training
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    shape = "x".join(map(str, data.input_shape))
+    try:
+        with torch.inference_mode():
+            output = model.eval()(torch.zeros(1, *data.input_shape, device=device))
+    except Exception as fault:
+        raise DataError(
+            f"{name} does not take the images of {data.name!r} (channels x height x width {shape}): "
+            f"{' '.join(str(fault).split())[:300]}. Choose data of the size and channels the network was built for."
+        ) from fault
+    finally:
+        model.train(training)
+    if not isinstance(output, torch.Tensor) or output.shape != (1, data.num_classes):
+        got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise DataError(
+            f"{name} must return logits of shape (N, {data.num_classes}) for {data.name!r}, got {got} for N = 1"
+        )

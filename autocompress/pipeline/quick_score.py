@@ -1,0 +1,122 @@
+"""The score a search sees: a pruned copy, repaired but not fine-tuned, on the search split."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from autocompress.core import Budget, Plan, Problem
+from autocompress.core.errors import RecipeError
+from autocompress.hardware_sim import MacsModel
+from autocompress.pipeline.recipe import PruneSettings
+from autocompress.prune import Reconstruction, channel_knobs, compress_channels, unit_scores
+from autocompress.trace import Trace
+from autocompress.training import Data, batches, evaluate, recalibrate_batchnorm
+
+
+log = logging.getLogger(__name__)
+
+CALIBRATION_BATCH = 128
+
+
+class QuickScore:
+    """Builds and scores pruned copies of one network.
+
+    A copy is physically shrunk, its layers are refitted by least squares, its BatchNorm statistics are
+    measured anew, and its accuracy is taken on the first images of the search split, the same for every
+    plan. Nothing is fine-tuned.
+
+    Args:
+        model: the trained network; not changed.
+        traced: its trace.
+        data: calibration images come from ``data.train``, the score from ``data.search``.
+        settings: the recipe's ``prune`` section.
+        seed: of the choice of calibration images.
+    """
+
+    def __init__(
+        self, model: nn.Module, traced: Trace, data: Data, *, settings: PruneSettings, seed: int
+    ) -> None:
+        self._model, self._traced, self._data, self._settings = model, traced, data, settings
+        self._calibration = list(_calibration(data, settings.calibration_images, seed))
+        self._images = [x for x, _ in self._calibration]
+        self._scores = unit_scores(
+            model, traced, settings.importance, self._calibration if settings.importance == "taylor" else None
+        )
+        self._reconstruction = None
+        if settings.reconstruct:
+            count = sum(len(x) for x in self._images)
+            self._reconstruction = Reconstruction(model, traced, self._images, num_images=count, seed=seed)
+
+    def build(self, plan: Plan) -> nn.Module:
+        """The pruned and repaired copy a plan makes; deterministic."""
+        small = compress_channels(
+            self._model, plan, traced=self._traced, scores=self._scores, reconstruction=self._reconstruction
+        )
+        if self._settings.recalibrate_batches:
+            recalibrate_batchnorm(small, self._images[: self._settings.recalibrate_batches])
+        return small
+
+    def __call__(self, plan: Plan) -> float:
+        """Accuracy in [0, 1] on the search split."""
+        return evaluate(self.build(plan), self._data.search, limit=self._settings.score_images).accuracy
+
+
+def channel_problem(
+    model: nn.Module, traced: Trace, score: QuickScore | None, *, settings: PruneSettings, budgets: list[Budget]
+) -> Problem:
+    """The search problem of pruning a network.
+
+    Args:
+        model: the trained network, part of the problem's identity.
+        traced: its trace.
+        score: how plans are scored; None makes a problem that can be priced but not evaluated.
+        settings: the recipe's ``prune`` section.
+        budgets: relative or absolute limits.
+
+    Raises:
+        RecipeError: a ``keep`` pattern matches nothing, or nothing is left to prune.
+    """
+    price = MacsModel()
+    reference = price(traced.graph)
+    try:
+        knobs = channel_knobs(
+            traced.graph, round_to=settings.round_to, min_keep=settings.min_keep, keep=settings.keep
+        )
+    except ValueError as fault:
+        raise RecipeError(f"prune: {fault}") from fault
+    if not knobs:
+        reasons = "; ".join(f"{g.name}: {g.locked}" for g in traced.graph.groups if g.locked)
+        raise RecipeError(f"nothing in this network can be pruned ({reasons or 'every layer is kept'})")
+
+    def evaluate_plan(plan: Plan) -> float:
+        assert score is not None
+        return score(plan)
+
+    return Problem(
+        knobs=knobs,
+        budgets=tuple(budget.resolve(reference) for budget in budgets),
+        price=lambda plan: price(plan.apply(traced.graph)),
+        evaluate=evaluate_plan,
+        identity=f"{_weights_digest(model)} {settings.model_dump_json()}",
+    )
+
+
+def _calibration(data: Data, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of ``count`` random training images, not augmented."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data.train), generator=generator)[:count]
+    return batches(Subset(data.train, order.tolist()), CALIBRATION_BATCH)  # type: ignore[arg-type]
+
+
+def _weights_digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,232 @@
+"""The recipe: everything a run depends on, read from YAML and checked whole."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, Strict, ValidationInfo, field_validator
+from ruamel.yaml import YAML
+
+from autocompress.core.errors import RecipeError
+from autocompress.pipeline.recipe_check import checked, did_you_mean
+from autocompress.pipeline.recipe_sections import (
+    STAGES,
+    Algorithm,
+    BudgetSettings,
+    Count,
+    DataSettings,
+    ExportSettings,
+    FinetuneStage,
+    Names,
+    PruneSettings,
+    SearchSettings,
+    Section,
+    Stage,
+    TrainStage,
+)
+from autocompress.pipeline.yaml_marks import document_of, read_document
+
+__all__ = [
+    "STAGES",
+    "Algorithm",
+    "BudgetSettings",
+    "DataSettings",
+    "ExportSettings",
+    "FinetuneStage",
+    "PruneSettings",
+    "Recipe",
+    "SearchSettings",
+    "Stage",
+    "TrainStage",
+    "bundled_recipes",
+    "find_recipe",
+]
+
+
+class Recipe(Section):
+    """Everything a run depends on.
+
+    Build one with :meth:`load`, :meth:`parse` or :meth:`from_mapping`, which accept the short forms
+    ``model: name``, ``data: name`` and ``budgets: {macs: 0.4}`` and report every fault at once.
+
+    Args:
+        name: of the run; letters, digits, ``.``, ``_`` and ``-``.
+        model: networks by name or ``package.module:factory``. Of several, the one with the best accuracy
+            on the search split after training is compressed (of equals, the one with fewer MACs).
+        weights: checkpoint to start from instead of training; a file beside the recipe, or a path from the
+            working directory.
+        data: the data set.
+        seed: decides everything random in the run.
+        device: where PyTorch computes.
+        threads: PyTorch threads; they change the last bits of training. null leaves them alone.
+        budgets: limits that must all hold.
+        stages: what is done, in the order train, prune, finetune, export.
+        train, prune, search, finetune, export: settings of the stages.
+        expected: figures the recipe is known to give, such as ``accuracy_after: 0.9``.
+    """
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    model: Names = ()
+    weights: Annotated[str, Field(min_length=1)] | None = None
+    data: DataSettings | None = None
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: Count | None = 2
+    budgets: Annotated[tuple[BudgetSettings, ...], Strict(False)]
+    stages: Annotated[tuple[Stage, ...], Strict(False)] = STAGES
+    train: TrainStage = TrainStage()
+    prune: PruneSettings = PruneSettings()
+    search: SearchSettings = SearchSettings()
+    finetune: FinetuneStage = FinetuneStage()
+    export: ExportSettings = ExportSettings()
+    expected: dict[str, float] = Field(default_factory=dict)
+
+    @field_validator("model")
+    @classmethod
+    def _different_models(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"names each network once, got {', '.join(value)}")
+        return value
+
+    @field_validator("weights")
+    @classmethod
+    def _one_model(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and len(info.data.get("model", ())) > 1:
+            raise ValueError("belongs to one network; name a single model")
+        return value
+
+    @field_validator("budgets")
+    @classmethod
+    def _one_per_metric(cls, value: tuple[BudgetSettings, ...]) -> tuple[BudgetSettings, ...]:
+        if not value:
+            raise ValueError("must hold at least one budget, e.g. {macs: 0.5}")
+        metrics = [budget.metric for budget in value]
+        if len(set(metrics)) < len(metrics):
+            raise ValueError(f"one budget per metric, got {', '.join(metrics)} (flops counts as macs)")
+        return value
+
+    @field_validator("stages")
+    @classmethod
+    def _in_order(cls, value: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        if value != tuple(stage for stage in STAGES if stage in value):
+            raise ValueError(f"come once each, in the order {', '.join(STAGES)}, got {', '.join(value)}")
+        if "prune" not in value:
+            raise ValueError(f"must hold prune, got {', '.join(value) or 'none'}")
+        return value
+
+    @field_validator("train")
+    @classmethod
+    def _no_teacher_yet(cls, value: TrainStage) -> TrainStage:
+        if value.distill_weight:
+            raise ValueError("distill_weight needs a teacher and the original network has none; set it to 0")
+        return value
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+        """The recipe in a file.
+
+        Args:
+            path: a YAML file, or the name of a bundled recipe.
+            overrides: ``search.num_plans=50`` and the like, applied before anything is checked.
+
+        Raises:
+            RecipeError: every fault with file, line and column.
+        """
+        file = find_recipe(path)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as fault:
+            raise RecipeError(f"{file}: cannot be read as UTF-8 text: {fault}") from fault
+        recipe = cls.parse(text, source=str(file), overrides=overrides)
+        beside = file.parent / (recipe.weights or "")
+        if recipe.weights is None or not beside.is_file():
+            return recipe
+        # Absolute, so that the copy in the run directory still means the same file.
+        return recipe.model_copy(update={"weights": str(beside.resolve())})
+
+    @classmethod
+    def parse(cls, text: str, *, source: str = "<recipe>", overrides: Sequence[str] = ()) -> Recipe:
+        """The recipe in a text; ``source`` is what messages call it.
+
+        Raises:
+            RecipeError: every fault with source, line and column.
+        """
+        return checked(cls, read_document(text, source), overrides)
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> Recipe:
+        """The recipe in a dictionary, with the same short forms as a file.
+
+        Raises:
+            RecipeError: every fault.
+        """
+        return checked(cls, document_of(data, "<recipe>"), ())
+
+    def check_complete(self) -> None:
+        """Check that the recipe can run on its own, without a model and data passed in from Python.
+
+        Raises:
+            RecipeError: it names no model or no data, or the network would be compressed untrained.
+        """
+        faults = []
+        if not self.model:
+            faults.append("model: required, a network by name or package.module:factory")
+        if self.data is None:
+            faults.append("data: required, a data set by name or package.module:factory")
+        if self.weights is None and "train" not in self.stages:
+            faults.append("weights: required when stages leaves out train; the network would be untrained")
+        if faults:
+            raise RecipeError([f"{self.name}: {fault}" for fault in faults])
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included; :meth:`parse` gives an equal recipe back."""
+        yaml = YAML(typ="safe", pure=True)
+        yaml.default_flow_style = False
+        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # the stub says None
+        # Characters such as U+0085 come back only when they are escaped.
+        yaml.allow_unicode = False
+        yaml.width = 4096
+        text = io.StringIO()
+        yaml.dump(self.model_dump(mode="json"), text)
+        return text.getvalue()
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything that can change the result, so of all but ``name`` and ``expected``."""
+        data = self.model_dump(mode="json", exclude={"name", "expected"})
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def bundled_recipes() -> list[Path]:
+    """The recipes that come with the package, by name."""
+    package = Path(__file__).resolve().parents[1]
+    shipped = package / "_recipes"
+    # An editable install has no copy; there the repository's own folder is next to the package.
+    folder = shipped if shipped.is_dir() else package.parent / "recipes"
+    return sorted(folder.glob("*.yaml"))
+
+
+def find_recipe(name_or_path: Path | str) -> Path:
+    """The file of a recipe.
+
+    Args:
+        name_or_path: a file, or the name of a bundled recipe with or without ``.yaml``.
+
+    Raises:
+        RecipeError: neither exists; lists the bundled names.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    bundled = {recipe.stem: recipe for recipe in bundled_recipes()}
+    name = str(name_or_path).removesuffix(".yaml")
+    if name in bundled:
+        return bundled[name]
+    guess = did_you_mean(name, list(bundled))
+    raise RecipeError(f"no recipe {str(name_or_path)!r}{guess}; bundled are {', '.join(bundled)}")

@@ -1,0 +1,207 @@
+"""The sections of a recipe: names, defaults and ranges of every setting."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, Strict, ValidationInfo, field_validator
+
+from autocompress.core.budget import Budget
+
+Stage = Literal["train", "prune", "finetune", "export"]
+STAGES: tuple[Stage, ...] = ("train", "prune", "finetune", "export")
+Algorithm = Literal["ddpg", "td3", "sac", "random", "uniform", "greedy"]
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+# `Strict` turns off guesses such as "20" for 20; tuples are exempt because YAML only has lists.
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Strict(False)]
+
+
+class Section(BaseModel):
+    """Settings that are frozen, refuse unknown keys and guess no types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class DataSettings(Section):
+    """Which data set, and how it is split and scaled.
+
+    Args:
+        name: a known data set, or ``package.module:factory``.
+        root: folder of the files, relative to the working directory.
+        download: whether the files may be fetched when they are missing.
+        search_size: training images held back for the search, as a count or as a share below 1.
+        train_size: use only so many of the remaining training images.
+        mean, std: per channel, for scaling; both or neither.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    root: str | None = None
+    download: bool = False
+    search_size: float | None = Field(default=None, gt=0)
+    train_size: Count | None = None
+    mean: Annotated[tuple[float, ...], Strict(False)] | None = None
+    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Strict(False)] | None = Field(
+        default=None, validate_default=True
+    )
+
+    @field_validator("search_size")
+    @classmethod
+    def _count_or_share(cls, value: float | None) -> float | None:
+        if value is None or value < 1:
+            return value
+        if value != int(value):
+            raise ValueError(f"must be a whole number of images, or a share below 1, got {value}")
+        return int(value)
+
+    @field_validator("std")
+    @classmethod
+    def _one_per_channel(cls, value: tuple[float, ...] | None, info: ValidationInfo) -> object:
+        mean = info.data.get("mean")
+        if "mean" in info.data and len(mean or ()) != len(value or ()):
+            raise ValueError("mean and std go together, with one number per channel in each")
+        return value
+
+
+class BudgetSettings(Section):
+    """An upper limit on the compressed network.
+
+    Args:
+        metric: what is limited.
+        relative: whether ``limit`` is a share of the original network's cost.
+        limit: a share in (0, 1], or a count for one sample.
+    """
+
+    metric: Literal["macs", "params"]
+    relative: bool = True
+    limit: float
+
+    @field_validator("limit")
+    @classmethod
+    def _is_a_budget(cls, limit: float, info: ValidationInfo) -> float:
+        if {"metric", "relative"} <= info.data.keys():
+            Budget(info.data["metric"], limit, info.data["relative"])
+        return limit
+
+    @property
+    def budget(self) -> Budget:
+        """The same limit as the rest of the package knows it."""
+        return Budget(self.metric, self.limit, self.relative)
+
+
+class TrainStage(Section):
+    """How the original network is trained; the fields of :class:`autocompress.training.TrainSettings`.
+
+    Args:
+        epochs: passes over the training split.
+        batch_size: images per step.
+        lr: peak learning rate.
+        momentum, weight_decay: of stochastic gradient descent.
+        label_smoothing: share of the target spread over all classes.
+        warmup_epochs: epochs of rising learning rate, fewer than ``epochs``.
+        mixed_precision: compute in bfloat16 where that is safe.
+        distill_weight: share of the loss that follows the uncompressed network.
+        distill_temperature: softens both networks' outputs.
+        clip_norm: largest norm of the gradient; null for no limit.
+    """
+
+    epochs: Count = 20
+    batch_size: Count = 128
+    lr: float = Field(default=0.1, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    warmup_epochs: int = Field(default=0, ge=0)
+    mixed_precision: bool = False
+    distill_weight: float = Field(default=0.0, ge=0, le=1)
+    distill_temperature: float = Field(default=4.0, gt=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+
+    @field_validator("warmup_epochs")
+    @classmethod
+    def _shorter_than_training(cls, value: int, info: ValidationInfo) -> int:
+        if value >= info.data.get("epochs", value + 1):
+            raise ValueError(f"must be < epochs ({info.data['epochs']}), got {value}")
+        return value
+
+
+class FinetuneStage(TrainStage):
+    """How the compressed network is trained; the original one is the teacher."""
+
+    epochs: Count = 10
+    lr: float = Field(default=0.02, gt=0)
+    distill_weight: float = Field(default=0.5, ge=0, le=1)
+
+
+class PruneSettings(Section):
+    """How channels are chosen and how plans are scored.
+
+    Args:
+        importance: which channels go first.
+        round_to: kept channels are a multiple of this where the layer is wide enough.
+        min_keep: smallest share of its channels a layer keeps.
+        reconstruct: whether remaining weights are refitted by least squares.
+        recalibrate_batches: batches of calibration images that renew a candidate's BatchNorm statistics, as
+            far as there are so many; 0 for none.
+        calibration_images: training images used for importance, reconstruction and recalibration.
+        score_images: images of the search split that score a plan; null for all.
+        keep: layers or channel groups that stay whole, as shell patterns.
+    """
+
+    importance: Literal["l1", "l2", "taylor", "geometric_median"] = "l1"
+    round_to: Count = 8
+    min_keep: Share = 0.2
+    reconstruct: bool = True
+    recalibrate_batches: int = Field(default=8, ge=0)
+    calibration_images: Count = 512
+    score_images: Count | None = None
+    keep: Names = ()
+
+
+class SearchSettings(Section):
+    """Who looks for the plan, and for how long.
+
+    Args:
+        algorithm: the search.
+        num_plans: plans it may score; each baseline may score as many.
+        settings: options of the algorithm itself.
+        baselines: searches run beside it for comparison; the algorithm itself is left out.
+    """
+
+    algorithm: Algorithm = "ddpg"
+    num_plans: Count = 100
+    settings: dict[str, JsonValue] = Field(default_factory=dict)
+    baselines: Annotated[tuple[Algorithm, ...], Strict(False)] = Field(
+        default=("uniform", "random"), validate_default=True
+    )
+
+    @field_validator("baselines")
+    @classmethod
+    def _each_once(cls, value: tuple[Algorithm, ...], info: ValidationInfo) -> tuple[Algorithm, ...]:
+        return tuple(name for name in dict.fromkeys(value) if name != info.data.get("algorithm"))
+
+
+class ExportSettings(Section):
+    """How the ONNX file is written and measured.
+
+    Args:
+        opset: ONNX operator set; PyTorch's exporter writes 18 and later.
+        parity_images: test images on which ONNX Runtime must agree with PyTorch.
+        latency_runs: timed runs of each file.
+    """
+
+    opset: int = Field(default=18, ge=18)
+    parity_images: Count = 64
+    latency_runs: Count = 50
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "data": DataSettings,
+    "budgets": BudgetSettings,
+    "train": TrainStage,
+    "prune": PruneSettings,
+    "search": SearchSettings,
+    "finetune": FinetuneStage,
+    "export": ExportSettings,
+}

@@ -1,0 +1,206 @@
+"""From a recipe to a compressed network and everything that proves it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autocompress.core import Cost, Result
+from autocompress.core.errors import CheckpointError, RunDirectoryError
+from autocompress.core.graph import LayerGraph
+from autocompress.hardware_sim import MacsModel
+from autocompress.pipeline import stages
+from autocompress.pipeline.prepare import prepare, prepare_own
+from autocompress.pipeline.progress import OnEvent, silent
+from autocompress.pipeline.provenance import provenance
+from autocompress.pipeline.recipe import Recipe
+from autocompress.pipeline.report import write_report
+from autocompress.pipeline.run_directory import RunDirectory
+from autocompress.trace import keep_first, measure, shrink, trace
+from autocompress.training import Data, Samples, evaluate, from_datasets
+from autocompress.zoo import load_weights
+
+
+def run_recipe(recipe: Recipe, *, out: Path | None = None, on_event: OnEvent = silent) -> Result:
+    """Run a recipe that names its networks and data.
+
+    Everything that can be checked is checked before the first file is written.
+
+    Args:
+        recipe: what to do.
+        out: folder of the run; ``runs/<name>`` with the next free number when absent.
+        on_event: called while the run works.
+
+    Raises:
+        AutocompressError: any of its kinds.
+    """
+    with _threads(recipe):
+        prepared = prepare(recipe)
+        path = out or RunDirectory.next_free(Path("runs"), recipe.name)
+        with RunDirectory.create(path, recipe) as directory:
+            return _run(stages.Run(prepared, directory, on_event))
+
+
+def resume(path: Path, *, on_event: OnEvent = silent) -> Result:
+    """Go on with a run that was stopped or killed; it ends as if it had not been.
+
+    Raises:
+        RunDirectoryError: not a run directory, in use, or started from Python with its own model and data.
+    """
+    with RunDirectory.open(path) as directory:
+        recipe = directory.recipe
+        if not recipe.model or recipe.data is None:
+            raise RunDirectoryError(
+                f"{path} was started from Python with its own model and data; resume it there: "
+                "compress(model, data, recipe, run_dir=...)"
+            )
+        with _threads(recipe):
+            return _run(stages.Run(prepare(recipe), directory, on_event))
+
+
+def compress(
+    model: nn.Module,
+    data: Data | tuple[Samples, Samples],
+    recipe: Recipe | Mapping[str, Any],
+    *,
+    run_dir: Path | str | None = None,
+    on_event: OnEvent = silent,
+) -> Result:
+    """Compress your own network on your own data.
+
+    Args:
+        model: maps (N, C, H, W) to logits (N, classes). Not changed.
+        data: :class:`~autocompress.training.Data`, or a (train, test) pair of map-style data sets of
+            (float tensor (C, H, W), int label); the search split is taken from the training data.
+        recipe: what to do; ``model`` and ``data`` are left out. Without the stage ``train`` the network is
+            taken as trained.
+        run_dir: folder of the run; an existing one is resumed when it was started with an equal recipe,
+            model and data. ``runs/<name>`` with the next free number when absent.
+        on_event: called while the run works.
+
+    Returns:
+        The result; :func:`load_compressed` makes the network from its ``run_dir``.
+
+    Raises:
+        AutocompressError: any of its kinds.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.from_mapping(recipe)
+    with _threads(recipe):
+        if not isinstance(data, Data):
+            train, test = data
+            data = from_datasets(train, test, seed=recipe.seed)
+
+
+        prepared = prepare_own({type(model).__name__: copy.deepcopy(model)}, data, recipe)
+        path = Path(run_dir) if run_dir else RunDirectory.next_free(Path("runs"), recipe.name)
+        with _create_or_open(path, recipe) as directory:
+            return _run(stages.Run(prepared, directory, on_event))
+
+
+def load_compressed(model: nn.Module, run_dir: Path | str) -> nn.Module:
+    """The compressed network of a finished run.
+
+    Args:
+        model: the original architecture, with any weights; not changed.
+        run_dir: folder of the run.
+
+    Raises:
+        RunDirectoryError: the run has not finished.
+        CheckpointError: the weights do not belong to this architecture.
+    """
+    path = Path(run_dir)
+    if not (path / "result.json").exists():
+        raise RunDirectoryError(f"{path} holds no result.json: the run has not finished; resume it first")
+    result = Result.from_json((path / "result.json").read_text(encoding="utf-8"))
+    traced = trace(model, result.provenance["input_shape"])
+    try:
+        small = shrink(model, traced, keep_first(traced, result.plan.channels))
+    except ValueError as fault:
+        raise CheckpointError(f"{path} was made from another network: {fault}") from fault
+    load_weights(small, path / "model.safetensors")
+    return small.eval()
+
+
+def _create_or_open(path: Path, recipe: Recipe) -> RunDirectory:
+    if not (path / "recipe.yaml").exists():
+        return RunDirectory.create(path, recipe)
+    directory = RunDirectory.open(path)
+    if directory.recipe.digest != recipe.digest:
+        directory.close()
+        raise RunDirectoryError(f"{path} belongs to another recipe; choose another run_dir")
+    return directory
+
+
+@contextmanager
+def _threads(recipe: Recipe) -> Iterator[None]:
+    """The number of threads changes the last bits of training, so it is part of the recipe."""
+    before = torch.get_num_threads()
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(run: stages.Run) -> Result:
+    recipe, data = run.prepared.recipe, run.prepared.data
+    candidate = stages.train(run)
+    original, graph = candidate.model, candidate.traced.graph
+    found = stages.search(run, candidate)
+    pruned = found.score.build(found.plan)
+    tuned = stages.finetune(run, candidate, pruned)
+    measured, parity = stages.export(run, original, tuned)
+    run.directory.write_json("layers.json", stages.layer_table(graph, found.plan))
+    run.directory.write_json("training.json", run.training)
+    with run.timed("test"):
+        accuracy = {
+            name: evaluate(model, data.test).accuracy
+            for name, model in (("before", original), ("pruned", pruned), ("after", tuned))
+        }
+    price = MacsModel()
+    _check_prediction(price(found.plan.apply(graph)), tuned, data.input_shape)
+    result = Result(
+        name=recipe.name,
+        before={"accuracy": accuracy["before"], **_counts(graph), **measured["before"]},
+        after={
+            "accuracy": accuracy["after"],
+            "accuracy_before_finetune": accuracy["pruned"],
+            **_counts(found.plan.apply(graph)),
+            **measured["after"],
+        },
+        plan=found.plan,
+        budgets={b.metric: b.budget.resolve(price(graph)).limit for b in recipe.budgets},
+        search=dict(found.figures),
+        export=parity,
+        provenance=provenance(recipe)
+        | {"model": candidate.name, "data": data.name, "input_shape": list(data.input_shape)},
+        seconds=dict(run.seconds),
+        run_dir=run.directory.path,
+    )
+    run.directory.write("result.json", result.to_json())
+    write_report(run.directory.path)
+    return result
+
+
+def _counts(graph: LayerGraph) -> dict[str, float]:
+    cost = MacsModel()(graph)
+    return {"macs": cost["macs"], "params": cost["params"]}
+
+
+def _check_prediction(predicted: Cost, model: nn.Module, input_shape: tuple[int, ...]) -> None:
+    """What was promised is what is there: counted again on the finished network."""
+    measured = measure(model, input_shape)
+    for metric, value in measured.items():
+        if value != predicted[metric]:  # type: ignore[index]
+            raise AssertionError(f"predicted {metric} {predicted[metric]} but the network has {value}")  # type: ignore[index]
+
+
+

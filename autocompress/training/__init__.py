@@ -1,0 +1,26 @@
+"""Data sets, training with resume, distillation, evaluation and BatchNorm recalibration."""
+
+from autocompress.training.batches import batches
+from autocompress.training.data import Augment, Data, Images, Samples, from_datasets
+from autocompress.training.evaluate import Scores, evaluate, recalibrate_batchnorm
+from autocompress.training.loop import distillation_loss, fit
+from autocompress.training.settings import EpochReport, TrainSettings
+from autocompress.training.sources import DATASETS, load_data
+
+__all__ = [
+    "DATASETS",
+    "Augment",
+    "Data",
+    "EpochReport",
+    "Images",
+    "Samples",
+    "Scores",
+    "TrainSettings",
+    "batches",
+    "distillation_loss",
+    "evaluate",
+    "fit",
+    "from_datasets",
+    "load_data",
+    "recalibrate_batchnorm",
+]

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autocompress.agents import SEARCHES, Greedy, RandomSearch, Uniform, make_search
+from autocompress.agents.scaling import scaled_to_budget
+from autocompress.core import Budget, Cost, Knob, Ledger, Problem
+from autocompress.core.errors import DivergenceError, InfeasibleBudgetError, RecipeError
+from autocompress.testing import check_search, waterfilling_problem
+
+LEARNED = ["ddpg", "td3", "sac"]
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_every_search_conforms(name):
+    check_search(make_search(name, {}))
+
+
+@given(seed=st.integers(0, 1000), budget=st.floats(0.21, 0.95), num_layers=st.integers(2, 8))
+@settings(max_examples=15, deadline=None)
+def test_every_trial_meets_the_budget_and_none_beats_the_optimum(seed, budget, num_layers):
+    problem, best, _ = waterfilling_problem(seed, num_layers, budget)
+    for name in ("uniform", "random", "greedy", "ddpg"):
+        result = make_search(name, {})(problem, num_plans=num_layers + 3, seed=seed)
+        assert all(problem.meets_budgets(problem.price(trial.plan)) for trial in result.trials)
+        assert result.best.score <= best + 1e-12
+
+
+@given(seed=st.integers(0, 1000), data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_scaling_spends_the_budget_as_far_as_one_factor_can(seed, data):
+    problem, *_ = waterfilling_problem(seed, num_layers=5)
+    fractions = data.draw(st.lists(st.floats(0.05, 1), min_size=5, max_size=5))
+    spent = problem.price(problem.plan(scaled_to_budget(problem, fractions)))["macs"]
+    # One percent more of every layer must be over budget, unless layers sit at a bound.
+    assert problem.meets_budgets(Cost({"macs": spent}))
+    assert spent >= problem.budgets[0].limit - 0.01 * problem.largest["macs"]
+
+
+def test_the_uniform_plan_is_half_of_every_layer_at_half_the_macs():
+    problem, _, uniform_score = waterfilling_problem(3)
+    (trial,) = Uniform()(problem, num_plans=5, seed=0).trials
+    assert set(trial.plan.channels.values()) == {50}
+    assert trial.score == pytest.approx(uniform_score)
+
+
+def test_random_plans_are_not_all_alike():
+    problem, *_ = waterfilling_problem(0)
+    trials = RandomSearch()(problem, num_plans=20, seed=0).trials
+    assert len({trial.plan for trial in trials}) == 20
+
+
+def two_layers(evaluate) -> Problem:
+    """Two knobs of 1 to 10 channels, one MAC each, at most 12 of 20."""
+    knobs = tuple(Knob("channels", name, tuple(range(1, 11)), (0.5,) * 8) for name in "ab")
+
+    def price(plan):
+        return Cost({"macs": float(sum(plan.channels.get(name, 10) for name in "ab"))})
+
+    return Problem(knobs, (Budget("macs", 12, relative=False),), price, evaluate, "two layers")
+
+
+def test_greedy_takes_everything_from_the_layer_that_does_not_matter():
+    result = Greedy()(two_layers(lambda plan: plan.channels["b"] / 10), num_plans=12, seed=0)
+    assert dict(result.best.plan.channels) == {"a": 2, "b": 10}
+
+
+def test_greedy_counts_plans_over_budget_as_evaluations():
+    calls = []
+    result = Greedy()(two_layers(lambda plan: calls.append(plan) or 0.5), num_plans=4, seed=0)
+    assert len(calls) <= 4
+    assert len(result.trials) < len(calls)
+
+
+def test_greedy_keeps_a_network_that_is_within_budget():
+    problem = replace(two_layers(lambda plan: 0.5), budgets=())
+    (trial,) = Greedy()(problem, num_plans=4, seed=0).trials
+    assert dict(trial.plan.channels) == {"a": 10, "b": 10}
+
+
+@pytest.mark.parametrize(("name", "least"), [("uniform", 1), ("random", 1), ("greedy", 16), ("ddpg", 2)])
+def test_too_few_plans_are_refused_and_the_least_number_works(name, least):
+    problem, *_ = waterfilling_problem(0)
+    with pytest.raises(ValueError, match=f"num_plans >= {least}"):
+        make_search(name, {})(problem, num_plans=least - 1, seed=0)
+    assert len(make_search(name, {})(problem, num_plans=least, seed=0).trials) >= 1
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_an_unreachable_budget_is_refused(name):
+    problem = replace(two_layers(lambda plan: 0.5), budgets=(Budget("macs", 1, relative=False),))
+    with pytest.raises(InfeasibleBudgetError):
+        make_search(name, {})(problem, num_plans=10, seed=0)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_searches_assess_exactly_the_plans_asked_for(name):
+    problem, *_ = waterfilling_problem(0, num_layers=4)
+    result = make_search(name, {})(problem, num_plans=15, seed=0)
+    sources = [trial.source for trial in result.trials]
+    assert sources == ["uniform", "jitter", "warm-up", *["explore"] * 11, "policy"]
+    assert result.policy == result.trials[-1].plan
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_another_seed_tries_other_plans(name):
+    problem, *_ = waterfilling_problem(0, num_layers=4)
+    plans = [
+        [t.plan for t in make_search(name, {})(problem, num_plans=10, seed=seed).trials] for seed in (0, 1)
+    ]
+    assert plans[0] != plans[1]
+
+
+def test_a_resumed_search_tries_the_same_plans_even_if_evaluating_draws_random_numbers():
+    problem, *_ = waterfilling_problem(0, num_layers=4)
+    calls = []
+
+    def noisy(plan):
+        calls.append(float(torch.rand(()) + np.random.rand()))  # noqa: NPY002: a careless evaluator
+        return problem.evaluate(plan)
+
+    with Ledger(":memory:") as ledger:
+        recorded = ledger.in_front_of(replace(problem, evaluate=noisy))
+        first, again = (make_search("ddpg", {})(recorded, num_plans=12, seed=0) for _ in range(2))
+    assert [t.plan for t in first.trials] == [t.plan for t in again.trials]
+    assert len(calls) == len({t.plan for t in first.trials})
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_the_global_torch_state_is_left_alone(name):
+    problem, *_ = waterfilling_problem(0, num_layers=3)
+    before = torch.get_rng_state()
+    make_search(name, {})(problem, num_plans=6, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_exploding_learning_rate_is_reported_as_divergence():
+    problem, *_ = waterfilling_problem(0, num_layers=3)
+    from autocompress.agents import sb3
+
+    broken = replace(problem, price=lambda plan: Cost({"macs": problem.price(plan)["macs"]}))
+    learner = sb3._Learner(make_search("ddpg", {}), sb3.ChannelPruningEnv(broken), 4, 0)
+    learner.remember(sb3.play(sb3.ChannelPruningEnv(broken), learner.act))
+    with torch.no_grad():
+        next(learner._model.policy.parameters()).fill_(math.nan)
+    with pytest.raises(DivergenceError, match="lower learning_rate"):
+        learner.learn()
+
+
+def test_a_stopped_search_passes_the_interrupt_through():
+    problem, *_ = waterfilling_problem(0, num_layers=3)
+
+    def stop(trial):
+        if trial.index == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_search("ddpg", {})(problem, num_plans=10, seed=0, callbacks=[stop])
+
+
+def test_wrong_settings_are_all_reported_at_once_with_a_suggestion():
+    with pytest.raises(RecipeError) as caught:
+        make_search("ddpg", {"sigmaa": 0.1, "tau": 2, "hidden": [0], "learning_rate": "fast"})
+    text = str(caught.value)
+    assert len(caught.value.faults) == 4
+    assert "no setting 'sigmaa'; did you mean 'sigma'?" in text
+    assert "tau must be in (0, 1], got 2" in text
+
+
+def test_an_unknown_search_is_named_with_the_nearest():
+    with pytest.raises(RecipeError, match="did you mean 'greedy'"):
+        make_search("gredy", {})
+
+
+def test_importing_agents_does_not_load_stable_baselines3():
+    code = "import sys, autocompress.agents; print('stable_baselines3' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
