@@ -30,9 +30,9 @@ class ActorCriticSearch:
         hidden: units per hidden layer of actor and critic.
         learning_rate: of actor and critic (Adam).
         batch_size: transitions per gradient step.
-        tau: share by which the target networks move per gradient step.
         sigma, sigma_end: standard deviation of the exploration, in fractions of the choices.
-        updates_per_step: gradient steps per decision, taken after each episode.
+        updates_per_step: gradient steps of actor and critic per decision, taken after each episode.
+        imitation_steps: further steps of the actor per decision, towards the actions of the best episodes.
 
     Raises:
         RecipeError: a setting is out of range; names all of them.
@@ -41,10 +41,10 @@ class ActorCriticSearch:
     hidden: tuple[int, ...] = (64, 64)
     learning_rate: float = 1e-3
     batch_size: int = 64
-    tau: float = 0.01
-    sigma: float = 0.5
+    sigma: float = 0.25
     sigma_end: float = 0.05
     updates_per_step: int = 1
+    imitation_steps: int = 4
 
     algorithm: ClassVar[Algorithm]
 
@@ -53,13 +53,17 @@ class ActorCriticSearch:
             ("hidden must be one or more whole numbers >= 1", self.hidden, _are_counts(self.hidden)),
             ("learning_rate must be in (0, 1]", self.learning_rate, _is_share(self.learning_rate)),
             ("batch_size must be a whole number >= 1", self.batch_size, _are_counts([self.batch_size])),
-            ("tau must be in (0, 1]", self.tau, _is_share(self.tau)),
             ("sigma must be in (0, 1]", self.sigma, _is_share(self.sigma)),
             ("sigma_end must be in (0, 1]", self.sigma_end, _is_share(self.sigma_end)),
             (
                 "updates_per_step must be a whole number >= 1",
                 self.updates_per_step,
                 _are_counts([self.updates_per_step]),
+            ),
+            (
+                "imitation_steps must be a whole number >= 0",
+                self.imitation_steps,
+                self.imitation_steps == 0 or _are_counts([self.imitation_steps]),
             ),
         ]
         faults = [f"{rule}, got {value!r}" for rule, value, holds in rules if not holds]

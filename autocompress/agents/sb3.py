@@ -5,11 +5,16 @@ carries the episode's final reward, the bounded action is what is stored, one gr
 transition after each episode, gamma 1. Differs from the paper in
 
 * the target: each transition regresses on the final reward itself; adding the critic's value of the next
-  state on top would count the same reward once per remaining layer;
+  state on top would count the same reward once per remaining layer. The target networks, and with them
+  AMC's tau, then have no effect;
 * the baseline: rewards in a batch are centred and scaled by mean and deviation of all stored ones,
   instead of subtracting a moving average;
-* replay: good episodes are drawn more often (see :class:`EpisodeReplay`);
+* imitation: after the critic's steps, the actor also takes steps towards the stored actions of the best
+  twentieth of the episodes, as in Oh et al., "Self-Imitation Learning", ICML 2018 (there weighted by
+  advantage). On the water-filling problem most of the gain over AMC's settings comes from these steps:
+  ``imitation_steps=0`` turns them off;
 * exploration: noise is scaled by a common factor that spends the budget, so that no layer starves;
+  it starts at 0.25 where AMC starts at 0.5;
 * warm-up: the uniform plan and jittered copies are among the warm-up plans;
 * one learning rate and 64 units where AMC has 1e-4 (actor), 1e-3 (critic) and 300 units.
 
@@ -44,7 +49,7 @@ from autocompress.envs.layerwise import Vector
 _ALGORITHMS = {"ddpg": DDPG, "td3": TD3, "sac": SAC}
 _JITTER = 0.2  # standard deviation of the jittered uniform plans, relative to the uniform fraction
 _EXPLORED_SHARE = 0.8  # share of the plans after which the noise has fallen to sigma_end
-_RANK_WEIGHT = 3.0  # the best stored transition is drawn e^3 = 20 times as often as the worst
+_ELITE_SHARE, _LEAST_ELITE = 0.05, 5  # episodes worth imitating, as a share of all plans and at least
 _SMALLEST_FRACTION = 0.01  # keeps common factors finite
 
 Policy = Callable[[Vector, int], float]
@@ -70,8 +75,7 @@ class Episode:
 class EpisodeReplay(ReplayBuffer):
     """Replay buffer that gives the final reward to every transition of an episode.
 
-    Transitions are drawn with probability proportional to ``exp(3 * rank)``, rank from 0 (worst reward)
-    to 1 (best), and rewards are returned with mean 0 and deviation 1 over the buffer.
+    Rewards are returned with mean 0 and deviation 1 over the buffer.
 
     Args:
         rng: draws the batches (the base class draws from NumPy's global state).
@@ -81,28 +85,27 @@ class EpisodeReplay(ReplayBuffer):
     def __init__(self, *args: Any, rng: np.random.Generator, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._rng = rng
-        self._probabilities: NDArray[np.float64] = np.ones(0)
 
     def add_episode(self, episode: Episode) -> None:
         """Store every transition as an end of its own with the episode's reward."""
         reward, done = np.array([episode.reward]), np.array([True])
         for state, action, after in zip(episode.states, episode.actions, episode.states[1:], strict=False):
             self.add(state, after, np.array([action]), reward, done, [{}])
-        rewards = self.rewards[: self.size(), 0]
-        rank = np.searchsorted(np.sort(rewards), rewards) / len(rewards)
-        weight = np.exp(_RANK_WEIGHT * rank)
-        self._probabilities = weight / weight.sum()
 
     def sample(self, batch_size: int, env: Any = None) -> ReplayBufferSamples:
         """A batch with normalised rewards; ``env`` is not used."""
         rewards = self.rewards[: self.size(), 0]
-        indices = self._rng.choice(self.size(), size=batch_size, p=self._probabilities)
-        batch = self._get_samples(indices)
+        batch = self._get_samples(self._rng.integers(self.size(), size=batch_size))
         deviation = max(float(rewards.std()), 1e-8)
         return batch._replace(rewards=(batch.rewards - float(rewards.mean())) / deviation)
 
+    def sample_best(self, batch_size: int, num_transitions: int) -> ReplayBufferSamples:
+        """A batch drawn from the transitions with the highest rewards, the earlier first among equals."""
+        best = np.argsort(-self.rewards[: self.size(), 0], kind="stable")[:num_transitions]
+        return self._get_samples(self._rng.choice(best, batch_size))
 
-class _Learner:
+
+class Learner:
     """An actor and its critics, with random numbers of their own.
 
     Evaluating a plan may draw from torch's global state or, when it comes from a ledger, may not; the
@@ -116,12 +119,11 @@ class _Learner:
             torch.manual_seed(seed)
             self._random_state = torch.get_rng_state()
         with self._own_random_numbers():
-            self._model = _ALGORITHMS[settings.algorithm](
+            self.model = _ALGORITHMS[settings.algorithm](
                 "MlpPolicy",
                 env,
                 learning_rate=settings.learning_rate,
                 batch_size=settings.batch_size,
-                tau=settings.tau,
                 gamma=1.0,
                 buffer_size=self._num_steps * num_plans,
                 replay_buffer_class=EpisodeReplay,
@@ -129,11 +131,12 @@ class _Learner:
                 policy_kwargs={"net_arch": list(settings.hidden)},
                 device="cpu",
             )
-        self._model.set_logger(Logger(None, []))
+        self.model.set_logger(Logger(None, []))
+        self._num_best = self._num_steps * max(_LEAST_ELITE, round(_ELITE_SHARE * num_plans))
 
     def act(self, state: Vector, step: int) -> float:
         """The actor's own action, without noise."""
-        action, _ = self._model.predict(state, deterministic=True)
+        action, _ = self.model.predict(state, deterministic=True)
         return float(action[0])
 
     def remember(self, episode: Episode) -> None:
@@ -143,20 +146,34 @@ class _Learner:
                 f"the reward of plan {episode.trial.plan.digest} must be finite, got {episode.reward}; "
                 "check the score and the MACs"
             )
-        replay = self._model.replay_buffer
-        assert isinstance(replay, EpisodeReplay)
-        replay.add_episode(episode)
+        self._replay.add_episode(episode)
 
     def learn(self) -> None:
         """Gradient steps for one episode."""
         steps = self._num_steps * self._settings.updates_per_step
         with self._own_random_numbers():
-            self._model.train(gradient_steps=steps, batch_size=self._settings.batch_size)
-        if not all(bool(p.isfinite().all()) for p in self._model.policy.parameters()):
+            self.model.train(gradient_steps=steps, batch_size=self._settings.batch_size)
+        for _ in range(self._num_steps * self._settings.imitation_steps):
+            self._imitate()
+        if not all(bool(p.isfinite().all()) for p in self.model.policy.parameters()):
             raise DivergenceError(
                 f"{self._settings.algorithm}: network weights are not finite after a gradient step; "
                 f"lower learning_rate (now {self._settings.learning_rate})"
             )
+
+    def _imitate(self) -> None:
+        batch = self._replay.sample_best(self._settings.batch_size, self._num_best)
+        chosen = self.model.policy(batch.observations, deterministic=True)
+        loss = torch.nn.functional.mse_loss(chosen, batch.actions)
+        self.model.actor.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.model.actor.optimizer.step()
+
+    @property
+    def _replay(self) -> EpisodeReplay:
+        replay = self.model.replay_buffer
+        assert isinstance(replay, EpisodeReplay)  # for the type checker: set above
+        return replay
 
     @contextmanager
     def _own_random_numbers(self) -> Iterator[None]:
@@ -184,7 +201,7 @@ def search(
     require_plans(settings.algorithm, num_plans, 2)
     env = ChannelPruningEnv(problem)
     rehearsal = ChannelPruningEnv(replace(problem, evaluate=lambda plan: 0.0))
-    learner = _Learner(settings, rehearsal, num_plans, seed)
+    learner = Learner(settings, rehearsal, num_plans, seed)
     rng = np.random.default_rng([seed, 0])
     num_warmup = max(1, min(100, num_plans // 4))
     trials = []

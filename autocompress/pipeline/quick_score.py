@@ -64,7 +64,12 @@ class QuickScore:
 
     def __call__(self, plan: Plan) -> float:
         """Accuracy in [0, 1] on the search split."""
-        return evaluate(self.build(plan), self._data.search, limit=self._settings.score_images).accuracy
+        return evaluate(
+            self.build(plan),
+            self._data.search,
+            limit=self._settings.score_images,
+            dtype=torch.bfloat16 if self._settings.mixed_precision else torch.float32,
+        ).accuracy
 
 
 def channel_problem(

@@ -146,16 +146,18 @@ class PruneSettings(Section):
             far as there are so many; 0 for none.
         calibration_images: training images used for importance, reconstruction and recalibration.
         score_images: images of the search split that score a plan; null for all.
+        mixed_precision: score plans in bfloat16; faster where the processor supports it.
         keep: layers or channel groups that stay whole, as shell patterns.
     """
 
-    importance: Literal["l1", "l2", "taylor", "geometric_median"] = "l1"
+    importance: Literal["l1", "l2", "taylor", "geometric_median"] = "l2"
     round_to: Count = 8
     min_keep: Share = 0.2
     reconstruct: bool = True
     recalibrate_batches: int = Field(default=8, ge=0)
     calibration_images: Count = 512
     score_images: Count | None = None
+    mixed_precision: bool = False
     keep: Names = ()
 
 

@@ -18,7 +18,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 def unit_scores(
-    model: nn.Module, traced: Trace, method: str = "l1", batches: Batches | None = None
+    model: nn.Module, traced: Trace, method: str = "l2", batches: Batches | None = None
 ) -> dict[str, Tensor]:
     """Importance of every unit of every prunable group; higher is more important.
 

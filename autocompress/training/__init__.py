@@ -1,7 +1,7 @@
 """Data sets, training with resume, distillation, evaluation and BatchNorm recalibration."""
 
 from autocompress.training.batches import batches
-from autocompress.training.data import Augment, Data, Images, Samples, from_datasets
+from autocompress.training.data import Augment, Data, Images, Samples, from_datasets, subset
 from autocompress.training.evaluate import Scores, evaluate, recalibrate_batchnorm
 from autocompress.training.loop import distillation_loss, fit
 from autocompress.training.settings import EpochReport, TrainSettings
@@ -23,4 +23,5 @@ __all__ = [
     "from_datasets",
     "load_data",
     "recalibrate_batchnorm",
+    "subset",
 ]

@@ -268,15 +268,16 @@ def from_datasets(
     kept, held = split_indices(labels, search_size=search_size, train_size=train_size, seed=seed)
     return Data(
         name=name,
-        train=_subset(train, kept, augmented=True),
-        search=_subset(train, held, augmented=False),
+        train=subset(train, kept),
+        search=subset(train, held, augmented=False),
         test=test,
         num_classes=known,
         input_shape=shape,
     )
 
 
-def _subset(dataset: Samples, indices: NDArray[np.int64], *, augmented: bool) -> Samples:
+def subset(dataset: Samples, indices: NDArray[np.int64], *, augmented: bool = True) -> Samples:
+    """The samples at these indices; images in memory stay there, and lose their augmentation on request."""
     if isinstance(dataset, Images):
         return dataset.take(indices, augment=dataset.augment if augmented else None)
     chosen: Samples = Subset(dataset, indices.tolist())  # type: ignore[arg-type]

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autocompress.agents import SEARCHES, Greedy, RandomSearch, Uniform, make_search
+from autocompress.agents import SEARCHES, Greedy, RandomSearch, Uniform, make_search, sb3
 from autocompress.agents.scaling import scaled_to_budget
 from autocompress.core import Budget, Cost, Knob, Ledger, Problem
 from autocompress.core.errors import DivergenceError, InfeasibleBudgetError, RecipeError
+from autocompress.envs import ChannelPruningEnv
 from autocompress.testing import check_search, waterfilling_problem
 
 LEARNED = ["ddpg", "td3", "sac"]
@@ -125,7 +126,7 @@ def test_a_resumed_search_tries_the_same_plans_even_if_evaluating_draws_random_n
     calls = []
 
     def noisy(plan):
-        calls.append(float(torch.rand(()) + np.random.rand()))  # noqa: NPY002: a careless evaluator
+        calls.append(float(torch.rand(()) + np.random.rand()))  # noqa: NPY002
         return problem.evaluate(plan)
 
     with Ledger(":memory:") as ledger:
@@ -143,17 +144,49 @@ def test_the_global_torch_state_is_left_alone(name):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_an_exploding_learning_rate_is_reported_as_divergence():
-    problem, *_ = waterfilling_problem(0, num_layers=3)
-    from autocompress.agents import sb3
+def test_the_trained_actor_beats_random_search_and_its_best_beats_uniform():
+    problem, best, uniform = waterfilling_problem(1)
+    learned = make_search("ddpg", {})(problem, num_plans=200, seed=1)
+    random = make_search("random", {})(problem, num_plans=200, seed=1)
+    scores = [trial.score for trial in random.trials]
+    # The actor's own episode, not the best plan seen, must close half of the way from random to optimal.
+    assert learned.trials[-1].plan == learned.policy
+    assert learned.trials[-1].score > (np.mean(scores) + best) / 2
+    assert learned.best.score > max(uniform, *scores)
 
-    broken = replace(problem, price=lambda plan: Cost({"macs": problem.price(plan)["macs"]}))
-    learner = sb3._Learner(make_search("ddpg", {}), sb3.ChannelPruningEnv(broken), 4, 0)
-    learner.remember(sb3.play(sb3.ChannelPruningEnv(broken), learner.act))
+
+def test_the_final_reward_reaches_every_transition_of_an_episode():
+    problem, *_ = waterfilling_problem(0, num_layers=3)
+    env = ChannelPruningEnv(problem)
+    learner = sb3.Learner(make_search("ddpg", {}), env, 4, 0)
+    episodes = [sb3.play(env, lambda state, step, a=a: a) for a in (-1.0, -0.5)]
+    for episode in episodes:
+        learner.remember(episode)
+    replay = learner.model.replay_buffer
+    assert replay.rewards[:6, 0] == pytest.approx([e.reward for e in episodes for _ in range(3)])
+    assert replay.actions[:6, 0, 0] == pytest.approx(np.concatenate([e.actions for e in episodes]))
+    better = max(episodes, key=lambda e: e.reward)
+    assert set(replay.sample_best(50, 3).actions[:, 0].tolist()) == set(better.actions.tolist())
+
+
+def test_weights_that_are_not_finite_are_reported_as_divergence():
+    problem, *_ = waterfilling_problem(0, num_layers=3)
+    env = ChannelPruningEnv(problem)
+    learner = sb3.Learner(make_search("ddpg", {}), env, 4, 0)
+    learner.remember(sb3.play(env, learner.act))
     with torch.no_grad():
-        next(learner._model.policy.parameters()).fill_(math.nan)
+        next(learner.model.policy.parameters()).fill_(math.nan)
     with pytest.raises(DivergenceError, match="lower learning_rate"):
         learner.learn()
+
+
+def test_a_reward_that_is_not_finite_is_reported_as_divergence():
+    problem, *_ = waterfilling_problem(0, num_layers=3)
+    env = ChannelPruningEnv(problem)
+    learner = sb3.Learner(make_search("ddpg", {}), env, 4, 0)
+    episode = sb3.play(env, learner.act)
+    with pytest.raises(DivergenceError, match="must be finite, got nan"):
+        learner.remember(replace(episode, reward=math.nan))
 
 
 def test_a_stopped_search_passes_the_interrupt_through():
@@ -169,11 +202,11 @@ def test_a_stopped_search_passes_the_interrupt_through():
 
 def test_wrong_settings_are_all_reported_at_once_with_a_suggestion():
     with pytest.raises(RecipeError) as caught:
-        make_search("ddpg", {"sigmaa": 0.1, "tau": 2, "hidden": [0], "learning_rate": "fast"})
+        make_search("ddpg", {"sigmaa": 0.1, "sigma": 2, "hidden": [0], "learning_rate": "fast"})
     text = str(caught.value)
     assert len(caught.value.faults) == 4
     assert "no setting 'sigmaa'; did you mean 'sigma'?" in text
-    assert "tau must be in (0, 1], got 2" in text
+    assert "sigma must be in (0, 1], got 2" in text
 
 
 def test_an_unknown_search_is_named_with_the_nearest():

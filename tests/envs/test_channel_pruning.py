@@ -132,7 +132,9 @@ def test_an_unknown_reward_is_refused():
 
 def test_a_guaranteed_accuracy_needs_a_price_in_macs():
     problem = replace(
-        small_problem(), price=lambda plan: Cost({"params": 1.0}), budgets=(Budget("params", 2, relative=False),)
+        small_problem(),
+        price=lambda plan: Cost({"params": 1.0}),
+        budgets=(Budget("params", 2, relative=False),),
     )
     with pytest.raises(ValueError, match="does not give 'macs'"):
         ChannelPruningEnv(problem, reward="accuracy_guaranteed")

@@ -150,7 +150,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, old_format: bool) -> No
         {"x": _Attack(tmp_path / "ran")}, tmp_path / "w.pth", _use_new_zipfile_serialization=not old_format
     )
     _refused(tmp_path / "w.pth", "could run code")
-    (tmp_path / "p.pth").write_bytes(pickle.dumps(_Attack(tmp_path / "ran")))
+    (tmp_path / "p.pth").write_bytes(pickle.dumps(_Attack(tmp_path / "ran"), protocol=2))
     _refused(tmp_path / "p.pth", "could run code")
     assert not (tmp_path / "ran").exists()
 

@@ -1,0 +1,70 @@
+"""Every search on the water-filling problem, whose best score is known.
+
+Prints one table, and saves it as results/search-closed-form-<machine>-torch<version>.csv:
+mean over instances of the best score, the score of the actor's own episode, the mean over all plans,
+the evaluations used and the seconds per search. Run: python benchmarks/search_closed_form.py [num_plans]
+"""
+
+from __future__ import annotations
+
+import csv
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from autocompress.agents import SEARCHES, make_search
+from autocompress.testing import waterfilling_problem
+
+NUM_INSTANCES = 4
+COLUMNS = ("search", "plans", "best", "lowest_best", "policy", "mean", "optimum", "seconds")
+
+
+def measure(name: str, num_plans: int) -> dict[str, float | str]:
+    rows = []
+    for seed in range(NUM_INSTANCES):
+        problem, optimum, _ = waterfilling_problem(seed)
+        start = time.perf_counter()
+        result = make_search(name, {})(problem, num_plans=num_plans, seed=seed)
+        seconds = time.perf_counter() - start
+        scores = [trial.score for trial in result.trials]
+        policy = scores[-1] if result.policy else float("nan")
+        rows.append((max(scores), policy, sum(scores) / len(scores), optimum, seconds))
+    best, policy, mean, optimum, seconds = (sum(column) / NUM_INSTANCES for column in zip(*rows, strict=True))
+    return {
+        "search": name,
+        "plans": num_plans,
+        "best": best,
+        "lowest_best": min(row[0] for row in rows),
+        "policy": policy,
+        "mean": mean,
+        "optimum": optimum,
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    num_plans = int(sys.argv[1]) if len(sys.argv) > 1 else 400
+    table = []
+    print("".join(f"{column:>12}" for column in COLUMNS))
+    for name in SEARCHES:
+        table.append(measure(name, num_plans))
+        print(
+            "".join(f"{v:>12.3f}" if isinstance(v, float) else f"{v:>12}" for v in table[-1].values()),
+            flush=True,
+        )
+    version = torch.__version__.split("+")[0]
+    path = Path(__file__).parent / "results" / f"search-closed-form-{platform.machine()}-torch{version}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(
+            {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in table
+        )
+
+
+if __name__ == "__main__":
+    main()
