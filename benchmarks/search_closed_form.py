@@ -2,7 +2,8 @@
 
 Prints one table, and saves it as results/search-closed-form-<machine>-torch<version>.csv:
 mean over instances of the best score, the score of the actor's own episode, the mean over all plans,
-the evaluations used and the seconds per search. Run: python benchmarks/search_closed_form.py [num_plans]
+the evaluations used and the seconds per search. ``ddpg-plain`` does not imitate its best episodes; ``ddpg-wide`` has AMC's noise and layer sizes as well.
+Run: python benchmarks/search_closed_form.py [num_plans]
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import platform
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,19 +24,26 @@ NUM_INSTANCES = 4
 COLUMNS = ("search", "plans", "best", "lowest_best", "policy", "mean", "optimum", "seconds")
 
 
-def measure(name: str, num_plans: int) -> dict[str, float | str]:
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in SEARCHES} | {
+    "ddpg-plain": ("ddpg", {"imitation_steps": 0}),
+    "ddpg-wide": ("ddpg", {"imitation_steps": 0, "sigma": 0.5, "hidden": (300, 300)}),
+}
+
+
+def measure(label: str, num_plans: int) -> dict[str, float | str]:
+    name, settings = VARIANTS[label]
     rows = []
     for seed in range(NUM_INSTANCES):
         problem, optimum, _ = waterfilling_problem(seed)
         start = time.perf_counter()
-        result = make_search(name, {})(problem, num_plans=num_plans, seed=seed)
+        result = make_search(name, settings)(problem, num_plans=num_plans, seed=seed)
         seconds = time.perf_counter() - start
         scores = [trial.score for trial in result.trials]
         policy = scores[-1] if result.policy else float("nan")
         rows.append((max(scores), policy, sum(scores) / len(scores), optimum, seconds))
     best, policy, mean, optimum, seconds = (sum(column) / NUM_INSTANCES for column in zip(*rows, strict=True))
     return {
-        "search": name,
+        "search": label,
         "plans": num_plans,
         "best": best,
         "lowest_best": min(row[0] for row in rows),
@@ -50,8 +59,8 @@ def main() -> None:
     num_plans = int(sys.argv[1]) if len(sys.argv) > 1 else 400
     table = []
     print("".join(f"{column:>12}" for column in COLUMNS))
-    for name in SEARCHES:
-        table.append(measure(name, num_plans))
+    for label in VARIANTS:
+        table.append(measure(label, num_plans))
         print(
             "".join(f"{v:>12.3f}" if isinstance(v, float) else f"{v:>12}" for v in table[-1].values()),
             flush=True,

@@ -1,4 +1,4 @@
-"""The cost model that needs no machine: multiply-accumulates, parameters, bit operations, bytes of weights."""
+"""The cost model that needs no machine: multiply-accumulates, parameters, bit operations, weight bytes."""
 
 from __future__ import annotations
 

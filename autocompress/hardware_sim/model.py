@@ -1,0 +1,116 @@
+"""What every hardware model shares: arrays of layers in, arrays of costs out, totals by one rule.
+
+A model gives one method, :meth:`HardwareModel.layer_costs`, on a :class:`LayerTable`; single networks,
+batches of graphs and whole populations of plans are priced by it. A model whose total is not the sum over
+layers (a pipeline, shared resources) also overrides :meth:`HardwareModel.totals`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocompress.core.cost import Cost, Metric
+from autocompress.core.errors import AutocompressError
+from autocompress.core.graph import LayerGraph
+from autocompress.hardware_sim.table import Floats, LayerTable
+
+
+class UnsupportedLayerError(AutocompressError):
+    """A target cannot run a layer: its kind, its bits or its size; every fault is listed."""
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """Costs of N layers, one sample each unless said otherwise; every array has shape (N,).
+
+    Args:
+        latency_ms: time of the layer on its own.
+        energy_pj: component (e.g. ``mac``, ``sram``, ``dram``) -> picojoules; empty when the model has none.
+        utilisation: share of the peak multiply rate that is reached, in [0, 1].
+        memory_bound: whether memory, not arithmetic, decides the latency.
+        extra: other figures by name, e.g. ``compute_cycles``, ``dram_bits``, ``luts``.
+    """
+
+    latency_ms: Floats
+    energy_pj: Mapping[str, Floats] = field(default_factory=dict)
+    utilisation: Floats = field(default_factory=lambda: np.zeros(0))
+    memory_bound: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    extra: Mapping[str, Floats] = field(default_factory=dict)
+
+
+class HardwareModel(ABC):
+    """A cost model of one machine; deterministic, and never cheaper for a larger network.
+
+    Subclasses are frozen dataclasses whose fields are the machine's constants, with the unit in the name
+    (``clock_mhz``, ``dram_gb_per_s``, ``sram_kib``, ``pj_per_bit``), so that a target file can give them.
+
+    Attributes:
+        kind: name of the model in target files.
+        metrics: what it prices.
+        mapping: how layers are laid onto the machine, in words.
+        energy_table: which constants the energy comes from, in words; energies of different tables must not
+            be compared.
+        additive: whether latency and energy of a network are the sums over its layers.
+        name: of the target.
+        batch: samples priced together; figures are per sample.
+    """
+
+    kind: ClassVar[str]
+    metrics: ClassVar[tuple[Metric, ...]]
+    mapping: ClassVar[str]
+    energy_table: ClassVar[str] = "none"
+    additive: ClassVar[bool] = True
+    name: str
+    batch: int
+
+    @abstractmethod
+    def layer_costs(self, table: LayerTable) -> LayerCosts:
+        """Costs of every layer of a table.
+
+        Raises:
+            UnsupportedLayerError: a layer the machine cannot run.
+        """
+
+    def totals(self, costs: LayerCosts, num_layers: int) -> dict[Metric, Floats]:
+        """Costs of whole networks: metric -> array of shape (N / num_layers,).
+
+        Args:
+            costs: of P networks of ``num_layers`` layers each, one after the other.
+            num_layers: layers per network.
+        """
+        shape = (-1, num_layers)
+        totals: dict[Metric, Floats] = {"latency_ms": costs.latency_ms.reshape(shape).sum(axis=1)}
+        if costs.energy_pj:
+            picojoules = sum(part.reshape(shape).sum(axis=1) for part in costs.energy_pj.values())
+            totals["energy_mj"] = np.asarray(picojoules) * 1e-9
+        return totals
+
+    def __call__(self, graph: LayerGraph) -> Cost:
+        """The cost of one network, with the share of every layer."""
+        costs = self.layer_costs(LayerTable.of(graph.layers))
+        totals = {metric: float(v[0]) for metric, v in self.totals(costs, len(graph.layers)).items()}
+        picojoules = sum(costs.energy_pj.values()) if costs.energy_pj else None
+        layers: dict[str, dict[Metric, float]] = {}
+        for i, layer in enumerate(graph.layers):
+            layers[layer.name] = {"latency_ms": float(costs.latency_ms[i])}
+            if picojoules is not None:
+                layers[layer.name]["energy_mj"] = float(np.asarray(picojoules)[i]) * 1e-9
+        return Cost(totals, layers)
+
+    def price_many(self, graphs: Sequence[LayerGraph]) -> dict[Metric, Floats]:
+        """Totals of many graphs: metric -> array of shape (len(graphs),)."""
+        priced = [self(graph) for graph in graphs]
+        return {m: np.array([cost[m] for cost in priced]) for m in (priced[0].totals if priced else ())}
+
+    def price_plans(
+        self, graph: LayerGraph, **choices: Mapping[str, NDArray[np.int64]]
+    ) -> dict[Metric, Floats]:
+        """Totals of P variants of one graph; arguments as for :meth:`LayerTable.of_plans`."""
+        table = LayerTable.of_plans(graph, **choices)
+        return self.totals(self.layer_costs(table), len(graph.layers))
