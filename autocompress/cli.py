@@ -58,7 +58,9 @@ class Listing(StrEnum):
     "[bold]autocompress run --resume runs/digits[/]"
 )
 def run(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe file, or the name of a bundled one.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe file, or the name of a bundled one.")
+    ] = None,
     overrides: SetOption = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder of the run [runs/NAME].")] = None,
@@ -174,8 +176,10 @@ def _progress() -> Iterator[Callable[[Event], None]]:
             if event.stage not in tasks:
                 tasks[event.stage] = progress.add_task(event.stage, total=event.total, figures="")
             shown = " · ".join(f"{name} {text}" for name, text in event.figures.items())
-            fields = {"figures": escape(shown)} if shown else {}
-            progress.update(tasks[event.stage], completed=event.done, total=event.total, **fields)
+            task = tasks[event.stage]
+            progress.update(task, completed=event.done, total=event.total)
+            if shown:
+                progress.update(task, figures=escape(shown))
 
         yield on_event
 
@@ -184,7 +188,7 @@ def _show_result(result: Result) -> None:
     table = Table(title=f"{result.name}: {result.provenance['model']} on {result.provenance['data']}")
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
-    rows = {
+    rows: dict[str, tuple[str, Callable[[float], str]]] = {
         "accuracy (test)": ("accuracy", lambda v: f"{v:.2%}"),
         "MACs": ("macs", lambda v: f"{v:,.0f}"),
         "parameters": ("params", lambda v: f"{v:,.0f}"),
@@ -194,7 +198,9 @@ def _show_result(result: Result) -> None:
     for label, (key, text) in rows.items():
         if key in result.before and key in result.after:
             before, after = result.before[key], result.after[key]
-            change = f"{100 * (after - before):+.2f} points" if key == "accuracy" else f"{after / before - 1:+.1%}"
+            change = (
+                f"{100 * (after - before):+.2f} points" if key == "accuracy" else f"{after / before - 1:+.1%}"
+            )
             table.add_row(label, text(before), text(after), change)
     out.print(table)
     if result.export:
@@ -232,7 +238,9 @@ def _show_candidate(prepared: Prepared, candidate: Candidate, problem: Problem) 
         out.print(f"budget {budget} can be met")
     times = estimate(prepared, candidate)
     parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in times.stages.items())
-    out.print(f"one evaluation took {times.evaluation:.2f} s; estimated: {parts}; in all {times.total / 60:.1f} min")
+    out.print(
+        f"one evaluation took {times.evaluation:.2f} s; estimated: {parts}; in all {times.total / 60:.1f} min"
+    )
 
 
 def _fault(message: str) -> int:
@@ -244,7 +252,9 @@ def _fault(message: str) -> int:
 def main() -> None:
     """Entry point: wrong input ends with exit code 2 and one message, Ctrl-C with 130 and a way to go on."""
     logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_path=False, show_time=False)]
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=err, show_path=False, show_time=False)],
     )
     command = typer.main.get_command(app)
     try:

@@ -1,9 +1,9 @@
 """Every search on the water-filling problem, whose best score is known.
 
-Prints one table, and saves it as results/search-closed-form-<machine>-torch<version>.csv:
-mean over instances of the best score, the score of the actor's own episode, the mean over all plans,
-the evaluations used and the seconds per search. ``ddpg-plain`` does not imitate its best episodes; ``ddpg-wide`` has AMC's noise and layer sizes as well.
-Run: python benchmarks/search_closed_form.py [num_plans]
+Prints one table, and saves it as results/search-closed-form-<machine>-torch<version>.csv: mean over
+instances of the best score, the score of the actor's own episode, the mean score of all trials and the
+seconds per search. ``ddpg-plain`` does not imitate its best episodes; ``ddpg-wide`` has AMC's noise and
+layer sizes as well. Run: python benchmarks/search_closed_form.py [num_plans]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shared settings: one torch thread, so that results do not depend on the machine and workers do not fight."""
+"""Shared settings: one torch thread, so that results do not depend on the machine."""
 
 from __future__ import annotations
 

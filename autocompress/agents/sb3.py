@@ -11,8 +11,9 @@ transition after each episode, gamma 1. Differs from the paper in
   instead of subtracting a moving average;
 * imitation: after the critic's steps, the actor also takes steps towards the stored actions of the best
   twentieth of the episodes, as in Oh et al., "Self-Imitation Learning", ICML 2018 (there weighted by
-  advantage). On the water-filling problem most of the gain over AMC's settings comes from these steps:
-  ``imitation_steps=0`` turns them off;
+  advantage). On the water-filling problem (benchmarks/search_closed_form.py, 400 plans, optimum 0.614)
+  they raise the actor's own score from 0.484 to 0.595; there, imitation without the critic did about as
+  well. ``imitation_steps=0`` turns them off;
 * exploration: noise is scaled by a common factor that spends the budget, so that no layer starves;
   it starts at 0.25 where AMC starts at 0.5;
 * warm-up: the uniform plan and jittered copies are among the warm-up plans;

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 from autocompress.core.budget import Budget
@@ -45,7 +46,7 @@ class Knob:
         if not self.choices:
             raise ValueError(f"knob {self.name!r} has no choices")
         numbers = [c for c in self.choices if isinstance(c, int)]
-        if any(b <= a for a, b in zip(numbers, numbers[1:], strict=False)):
+        if any(b <= a for a, b in pairwise(numbers)):
             raise ValueError(f"choices of knob {self.name!r} must ascend, got {self.choices}")
         if any(not 0 <= f <= 1 for f in self.features):
             raise ValueError(f"features of knob {self.name!r} must lie in [0, 1], got {self.features}")

@@ -15,7 +15,6 @@ from autocompress.pipeline.quick_score import QuickScore
 from autocompress.pipeline.recipe import FinetuneStage, TrainStage
 from autocompress.training import Data, Samples, TrainSettings, fit
 
-
 STEPS = 4
 """Training steps that are timed."""
 
@@ -50,7 +49,9 @@ def estimate(prepared: Prepared, candidate: Candidate) -> Estimate:
     searches = [name for name in (recipe.search.algorithm, *recipe.search.baselines) if name != "uniform"]
     stages = {}
     if "train" in recipe.stages and recipe.weights is None:
-        stages["train"] = _training_seconds(prepared, candidate.model, recipe.train) * len(prepared.candidates)
+        stages["train"] = _training_seconds(prepared, candidate.model, recipe.train) * len(
+            prepared.candidates
+        )
     stages["prune"] = evaluation * recipe.search.num_plans * len(searches)
     if "finetune" in recipe.stages:
         stages["finetune"] = _training_seconds(prepared, candidate.model, recipe.finetune)
@@ -72,10 +73,15 @@ def _evaluation_seconds(prepared: Prepared, candidate: Candidate) -> float:
 def _training_seconds(prepared: Prepared, model: nn.Module, settings: TrainStage | FinetuneStage) -> float:
     data = prepared.data
     images = min(STEPS * settings.batch_size, len(data.train))
-    short = replace(
-        TrainSettings(**settings.model_dump()), epochs=1, warmup_epochs=0
+    short = replace(TrainSettings(**settings.model_dump()), epochs=1, warmup_epochs=0)
+    small = Data(
+        data.name,
+        _first(data.train, images),
+        _first(data.search, 8),
+        data.test,
+        data.num_classes,
+        data.input_shape,
     )
-    small = Data(data.name, _first(data.train, images), _first(data.search, 8), data.test, data.num_classes, data.input_shape)
     copy_ = copy.deepcopy(model)
     with torch.random.fork_rng():
         start = time.perf_counter()

@@ -89,9 +89,7 @@ def prepare_own(models: Mapping[str, nn.Module], data: Data, recipe: Recipe) -> 
 def problem_of(candidate: Candidate, recipe: Recipe) -> Problem:
     """The candidate's problem without a score: enough to know what is reachable."""
     budgets = [settings.budget for settings in recipe.budgets]
-    return channel_problem(
-        candidate.model, candidate.traced, None, settings=recipe.prune, budgets=budgets
-    )
+    return channel_problem(candidate.model, candidate.traced, None, settings=recipe.prune, budgets=budgets)
 
 
 def _check_machine(recipe: Recipe) -> None:
@@ -100,9 +98,15 @@ def _check_machine(recipe: Recipe) -> None:
 
 
 def _check_finite(name: str, model: nn.Module) -> None:
-    bad = [key for key, value in model.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
+    bad = [
+        key
+        for key, value in model.state_dict().items()
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
     if bad:
-        raise DivergenceError(f"weights of {name} are not finite: {', '.join(bad[:8])}; start from other weights")
+        raise DivergenceError(
+            f"weights of {name} are not finite: {', '.join(bad[:8])}; start from other weights"
+        )
 
 
 def _check_shape(name: str, model: nn.Module, data: Data) -> None:
@@ -116,12 +120,14 @@ def _check_shape(name: str, model: nn.Module, data: Data) -> None:
     except Exception as fault:
         raise DataError(
             f"{name} does not take the images of {data.name!r} (channels x height x width {shape}): "
-            f"{' '.join(str(fault).split())[:300]}. Choose data of the size and channels the network was built for."
+            f"{' '.join(str(fault).split())[:300]}. Choose data of the size and "
+            "channels the network was built for."
         ) from fault
     finally:
         model.train(training)
     if not isinstance(output, torch.Tensor) or output.shape != (1, data.num_classes):
         got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise DataError(
-            f"{name} must return logits of shape (N, {data.num_classes}) for {data.name!r}, got {got} for N = 1"
+            f"{name} must return logits of shape (N, {data.num_classes}) for {data.name!r}, "
+            f"got {got} for N = 1"
         )

@@ -62,7 +62,9 @@ def _revision() -> str:
     folder = Path(__file__).resolve().parent
     try:
         revision = _git("rev-parse", "--short=12", "HEAD", folder=folder)
-        return revision + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", folder=folder) else "")
+        return revision + (
+            "+changes" if _git("status", "--porcelain", "--untracked-files=no", folder=folder) else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "not a git checkout"
 

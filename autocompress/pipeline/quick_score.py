@@ -18,7 +18,6 @@ from autocompress.prune import Reconstruction, channel_knobs, compress_channels,
 from autocompress.trace import Trace
 from autocompress.training import Data, batches, evaluate, recalibrate_batchnorm
 
-
 log = logging.getLogger(__name__)
 
 CALIBRATION_BATCH = 128
@@ -73,7 +72,12 @@ class QuickScore:
 
 
 def channel_problem(
-    model: nn.Module, traced: Trace, score: QuickScore | None, *, settings: PruneSettings, budgets: list[Budget]
+    model: nn.Module,
+    traced: Trace,
+    score: QuickScore | None,
+    *,
+    settings: PruneSettings,
+    budgets: list[Budget],
 ) -> Problem:
     """The search problem of pruning a network.
 

@@ -97,7 +97,6 @@ def compress(
             train, test = data
             data = from_datasets(train, test, seed=recipe.seed)
 
-
         prepared = prepare_own({type(model).__name__: copy.deepcopy(model)}, data, recipe)
         path = Path(run_dir) if run_dir else RunDirectory.next_free(Path("runs"), recipe.name)
         with _create_or_open(path, recipe) as directory:
@@ -201,6 +200,3 @@ def _check_prediction(predicted: Cost, model: nn.Module, input_shape: tuple[int,
     for metric, value in measured.items():
         if value != predicted[metric]:  # type: ignore[index]
             raise AssertionError(f"predicted {metric} {predicted[metric]} but the network has {value}")  # type: ignore[index]
-
-
-

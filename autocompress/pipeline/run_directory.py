@@ -96,7 +96,9 @@ class RunDirectory:
             temporary.replace(self.path / name)
         except OSError as fault:
             temporary.unlink(missing_ok=True)
-            hint = "free some space and resume the run" if fault.errno == errno.ENOSPC else "check permissions"
+            hint = (
+                "free some space and resume the run" if fault.errno == errno.ENOSPC else "check permissions"
+            )
             raise RunDirectoryError(f"cannot write {self.path / name}: {fault.strerror}; {hint}") from fault
 
     def write_json(self, name: str, value: Any) -> None:

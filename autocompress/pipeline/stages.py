@@ -193,7 +193,9 @@ def finetune(run: Run, candidate: Candidate, small: nn.Module) -> nn.Module:
     return tuned
 
 
-def export(run: Run, original: nn.Module, compressed: nn.Module) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+def export(
+    run: Run, original: nn.Module, compressed: nn.Module
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Write both networks as ONNX, check them against PyTorch, and measure size and latency.
 
     Returns:

@@ -100,9 +100,8 @@ def _taylor_values(model: nn.Module, batches: Batches | None) -> dict[str, Tenso
     try:
         for images, labels in batches:
             loss = F.cross_entropy(model(images), labels)
-            for sum_, grad in zip(total, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
-                if grad is not None:
-                    sum_ += grad
+            grads = torch.autograd.grad(loss, weights, allow_unused=True)
+            total = [t if g is None else t + g for t, g in zip(total, grads, strict=True)]
     finally:
         model.train(training)
         for weight, flag in zip(weights, needed, strict=True):

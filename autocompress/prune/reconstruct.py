@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,9 @@ class Reconstruction:
         self._collect(model, batches)
         for name, gram in self._grams.items():
             if not torch.isfinite(gram).all():
-                raise DivergenceError(f"the inputs of layer {name!r} are not finite on the calibration images")
+                raise DivergenceError(
+                    f"the inputs of layer {name!r} are not finite on the calibration images"
+                )
 
     def _collect(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
         def hook(module: nn.Module, args: Any, *, name: str) -> None:
@@ -76,8 +79,7 @@ class Reconstruction:
             self._grams[name] = self._grams[name] + gram if name in self._grams else gram
 
         handles = [
-            layer.register_forward_pre_hook(lambda m, a, name=name: hook(m, a, name=name))  # type: ignore[misc]
-            for name, layer in self._layers.items()
+            layer.register_forward_pre_hook(partial(hook, name=name)) for name, layer in self._layers.items()
         ]
         training = model.training
         model.eval()
@@ -92,10 +94,8 @@ class Reconstruction:
 
     def _columns(self, module: nn.Module, x: Tensor) -> Tensor:
         """Input columns at sampled positions: shape (rows, columns), with a column of ones for a bias."""
-        if isinstance(module, nn.Linear):
-            rows = x.reshape(-1, x.shape[-1])
-        else:
-            rows = self._patches(module, x)
+        linear = isinstance(module, nn.Linear)
+        rows = x.reshape(-1, x.shape[-1]) if linear else self._patches(module, x)
         if module.bias is not None:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         return rows
@@ -130,12 +130,14 @@ class Reconstruction:
             gone = removed[name, "in"]
             if gone.any() and not gone.all():
                 gone_out = removed.get((name, "out"))
-                self._refit(name, small.get_submodule(name), gone, gone_out)
+                layer = small.get_submodule(name)
+                assert isinstance(layer, (nn.Conv2d, nn.Linear))
+                self._refit(name, layer, gone, gone_out)
 
     def _refit(
         self,
         name: str,
-        layer: nn.Module,
+        layer: nn.Conv2d | nn.Linear,
         gone: np.typing.NDArray[np.bool_],
         gone_out: np.typing.NDArray[np.bool_] | None,
     ) -> None:
@@ -163,14 +165,15 @@ class Reconstruction:
         fitted = torch.cholesky_solve(target, factor).T
         with torch.no_grad():
             body = fitted[:, :-1] if has_bias else fitted
-            layer.weight.copy_(body.reshape(layer.weight.shape))  # type: ignore[operator, union-attr]
-            if has_bias:
-                layer.bias.copy_(fitted[:, -1])  # type: ignore[operator, union-attr]
+            layer.weight.copy_(body.reshape(layer.weight.shape))
+            if layer.bias is not None:
+                layer.bias.copy_(fitted[:, -1])
 
 
 def _refittable(model: nn.Module, traced: Trace) -> list[str]:
     """Layers with prunable inputs that can be refitted; says which cannot."""
-    names, too_wide = [], []
+    names: list[str] = []
+    too_wide: list[str] = []
     for slot in traced.slots:
         module = model.get_submodule(slot.module)
         open_groups = [traced.graph.groups[i].locked is None for i in np.unique(slot.group) if i >= 0]

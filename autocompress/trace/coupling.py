@@ -116,22 +116,21 @@ def _follow(
     """Ask torch-pruning for the positions coupled to every produced channel."""
     import torch_pruning as tp
 
-    names = {module: name for name, module in modules.items()}
-    parameters = {id(p): name for name, p in model.named_parameters()}
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
             warnings.simplefilter("ignore")
             dependency = tp.DependencyGraph().build_dependency(model, example_inputs=example, verbose=False)
+            recorder = _Recorder(model, dependency, classes)
             for name in dict.fromkeys(order):
                 module = modules[name]
-                if module not in dependency.module2node or _complete(classes, name, module):
+                if module not in dependency.module2node or _complete(classes, name):
                     continue
                 pruner = dependency.get_pruner_of_module(module)
                 channels = _channels(module, "out")
                 items = dependency.get_pruning_group(module, pruner.prune_out_channels, list(range(channels)))
                 units = classes.new(channels)
                 for item in items:
-                    _record(item, dependency, units, names, parameters, classes)
+                    recorder.record(item, units)
     except Exception as fault:
         raise UnsupportedModelError(
             f"the channels of this network cannot be followed ({type(fault).__name__}: {fault}). "
@@ -139,40 +138,44 @@ def _follow(
         ) from fault
 
 
-def _complete(classes: _Classes, name: str, module: nn.Module) -> bool:
+def _complete(classes: _Classes, name: str) -> bool:
     """Whether every output channel already belongs to a unit; coupling is symmetric, so nothing is new."""
     owner = classes.sides.get((name, "out"))
     return owner is not None and bool((owner >= 0).all())
 
 
-def _record(
-    item: Any,
-    dependency: Any,
-    units: range,
-    names: dict[nn.Module, str],
-    parameters: dict[int, str],
-    classes: _Classes,
-) -> None:
-    module, handler = item.dep.target.module, item.dep.handler
-    roots = [units[root] for root in item.root_idxs]
-    if isinstance(module, nn.Parameter):
-        return _lock(classes, roots, f"it meets the bare parameter {parameters.get(id(module), '?')!r}")
-    if module not in names:  # an operation without parameters: the verification judges it
-        return None
-    name = names[module]
-    if not isinstance(module, (*LAYERS, *PER_CHANNEL)):
-        kind = type(module).__name__
-        return _lock(classes, roots, f"{name!r} ({kind}) mixes channels, so removing some changes the others")
-    side: Side = "out"
-    if isinstance(module, LAYERS) and not dependency.is_out_channel_pruning_fn(handler):
-        side = "in"
-    classes.put((name, side), _channels(module, side), zip(item.idxs, roots, strict=True))
-    return None
+class _Recorder:
+    """Writes torch-pruning's statements into the classes."""
 
+    def __init__(self, model: nn.Module, dependency: Any, classes: _Classes) -> None:
+        self._dependency, self._classes = dependency, classes
+        self._names = {module: name for name, module in model.named_modules()}
+        self._parameters = {id(p): name for name, p in model.named_parameters()}
 
-def _lock(classes: _Classes, units: list[int], reason: str) -> None:
-    for unit in units:
-        classes.locks.setdefault(unit, reason)
+    def record(self, item: Any, units: range) -> None:
+        """One statement: these positions of this module hold the channels ``units[root]``."""
+        module, handler = item.dep.target.module, item.dep.handler
+        roots = [units[root] for root in item.root_idxs]
+        if isinstance(module, nn.Parameter):
+            name = self._parameters.get(id(module), "?")
+            self._lock(roots, f"it meets the bare parameter {name!r}, which is no layer; wrap it in one")
+        elif module in self._names:  # else an operation without parameters: the verification judges it
+            self._record_module(module, handler, item.idxs, roots)
+
+    def _record_module(self, module: nn.Module, handler: Any, positions: list[int], roots: list[int]) -> None:
+        name = self._names[module]
+        if not isinstance(module, (*LAYERS, *PER_CHANNEL)):
+            kind = type(module).__name__
+            self._lock(roots, f"{name!r} ({kind}) mixes channels, so removing some changes the others")
+            return
+        outgoing = not isinstance(module, LAYERS) or self._dependency.is_out_channel_pruning_fn(handler)
+        side: Side = "out" if outgoing else "in"
+        pairs = zip(positions, roots, strict=True)
+        self._classes.put((name, side), _channels(module, side), pairs)
+
+    def _lock(self, units: list[int], reason: str) -> None:
+        for unit in units:
+            self._classes.locks.setdefault(unit, reason)
 
 
 def _channels(module: nn.Module, side: Side) -> int:
@@ -223,35 +226,39 @@ def _groups(
     groups: list[ChannelGroup] = []
     position: dict[int, tuple[int, int]] = {}
     for (signature, lock), units in sorted(members.items(), key=first):
-        group = _group(signature, lock, len(units), place, modules, {g.name for g in groups})
+        sides = {side: _layers_in(signature, side, place, modules) for side in ("out", "in")}
+        name = _free_name((sides["out"] or sides["in"])[0], {group.name for group in groups})
         position |= {unit: (len(groups), i) for i, unit in enumerate(units)}
-        groups.append(group)
+        reason = lock or _lock_at_the_ends(sides["out"], sides["in"])
+        groups.append(ChannelGroup(name, len(units), sides["out"], sides["in"], reason))
     return groups, [_slot(key, owner, position, classes) for key, owner in classes.sides.items()]
 
 
-def _group(
-    signature: frozenset[tuple[tuple[str, Side], int]],
-    lock: str | None,
-    size: int,
+def _layers_in(
+    signature: frozenset[tuple[tuple[str, str], int]],
+    side: str,
     place: dict[str, int],
     modules: dict[str, nn.Module],
-    taken: set[str],
-) -> ChannelGroup:
-    def layers(side: Side) -> tuple[str, ...]:
-        found = {name for (name, s), _ in signature if s == side and isinstance(modules[name], LAYERS)}
-        return tuple(sorted(found, key=lambda name: place.get(name, len(place))))
+) -> tuple[str, ...]:
+    """Layers touched on one side, in execution order."""
+    found = {name for (name, s), _ in signature if s == side and isinstance(modules[name], LAYERS)}
+    return tuple(sorted(found, key=lambda name: place.get(name, len(place))))
 
-    producers, consumers = layers("out"), layers("in")
+
+def _lock_at_the_ends(producers: tuple[str, ...], consumers: tuple[str, ...]) -> str | None:
     if not producers:
-        lock = lock or "its channels come from the network's input"
-    elif not set(consumers) - set(producers):
-        lock = lock or "its channels are the network's output"
-    name = base = (producers or consumers)[0]
-    count = 1
+        return "its channels come from the network's input"
+    if not set(consumers) - set(producers):
+        return "its channels are the network's output"
+    return None
+
+
+def _free_name(base: str, taken: set[str]) -> str:
+    name, count = base, 1
     while name in taken:
         count += 1
         name = f"{base}#{count}"
-    return ChannelGroup(name, size, producers, consumers, lock)
+    return name
 
 
 def _slot(

@@ -98,7 +98,13 @@ def _facts(call: Call) -> dict[str, Any]:
     if isinstance(module, nn.Linear):
         tokens = (math.prod(call.in_shape[1:-1]), 1)
         widths = {"in_channels": module.in_features, "out_channels": module.out_features}
-        return {"kind": "linear", "in_hw": tokens, "out_hw": tokens, "bias": module.bias is not None, **widths}
+        return {
+            "kind": "linear",
+            "in_hw": tokens,
+            "out_hw": tokens,
+            "bias": module.bias is not None,
+            **widths,
+        }
     assert isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
     return {
         "kind": "conv",

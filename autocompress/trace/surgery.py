@@ -74,7 +74,9 @@ def positions_removed(traced: Trace, kept: Kept) -> dict[tuple[str, str], NDArra
         if name in kept:
             indices = np.asarray(kept[name])
             if len(np.unique(indices)) != len(indices) or indices.min() < 0 or indices.max() >= size:
-                raise ValueError(f"kept units of {name!r} must be distinct and in 0..{size - 1}, got {indices}")
+                raise ValueError(
+                    f"kept units of {name!r} must be distinct and in 0..{size - 1}, got {indices}"
+                )
             flags[:] = False
             flags[indices] = True
         stays.append(flags)
@@ -106,9 +108,7 @@ def _slice(module: nn.Module, original: nn.Module, stay: Mapping[str, Tensor]) -
     setattr(module, size, len(out) if out is not None else getattr(original, size))
 
 
-def _slice_convolution(
-    module: nn.modules.conv._ConvNd, out: Tensor | None, inputs: Tensor | None
-) -> None:
+def _slice_convolution(module: nn.modules.conv._ConvNd, out: Tensor | None, inputs: Tensor | None) -> None:
     out_axis, in_axis = (1, 0) if isinstance(module, TRANSPOSED) else (0, 1)
     _take(module, "bias", out, 0)
     if module.groups == 1:

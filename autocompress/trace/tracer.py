@@ -60,7 +60,9 @@ def trace(model: nn.Module, input_shape: Sequence[int]) -> Trace:
     example = torch.zeros(1, *input_shape)
     calls, counted = run_once(model, example)
     if not calls:
-        raise UnsupportedModelError("the network has no convolution or linear layer, so nothing can be pruned")
+        raise UnsupportedModelError(
+            "the network has no convolution or linear layer, so nothing can be pruned"
+        )
     specs = layer_specs(calls)
     groups, slots = couple(model, example, [spec.reuses or spec.name for spec in specs])
     graph = _graph(model, specs, groups, slots, tuple(input_shape))

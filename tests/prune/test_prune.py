@@ -10,7 +10,14 @@ from torch import nn
 
 from autocompress.core import Plan
 from autocompress.core.errors import DivergenceError
-from autocompress.prune import METHODS, Reconstruction, channel_knobs, compress_channels, keep_best, unit_scores
+from autocompress.prune import (
+    METHODS,
+    Reconstruction,
+    channel_knobs,
+    compress_channels,
+    keep_best,
+    unit_scores,
+)
 from autocompress.trace import mask, shrink, trace
 
 SHAPE = (3, 16, 16)

@@ -67,10 +67,7 @@ def test_the_empty_choice_changes_nothing() -> None:
 def test_residual_adds_tie_producers_into_one_group() -> None:
     graph = trace(seeded(TinyResNet), SHAPE).graph
     assert set(graph.group("stem.0").producers) == {"stem.0", "a.1"}
-    assert set(graph.group("b.1").producers if "b.1" in graph.sizes else graph.group("shortcut").producers) == {
-        "b.1",
-        "shortcut",
-    }
+    assert {"b.1", "shortcut"} in [set(group.producers) for group in graph.groups]
 
 
 def test_a_flattened_channel_counts_once_per_position() -> None:
@@ -177,7 +174,8 @@ class Attention(nn.Module):
 
 def test_arithmetic_outside_layers_is_listed() -> None:
     graph = trace(Attention(), (5, 4)).graph
-    assert graph.uncounted == (f"{2 * 5 * 5 * 4:,} MACs in matrix products or convolutions outside layer modules",)
+    (note,) = graph.uncounted
+    assert note.startswith(f"{2 * 5 * 5 * 4} MACs")
 
 
 def test_a_wrong_image_size_is_refused_with_the_shape() -> None:
@@ -190,7 +188,9 @@ def test_a_network_without_layers_is_refused() -> None:
         trace(nn.ReLU(), (3, 4, 4))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "googlenet", "resnext50_32x4d", "mobilenet_v3_small"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenet_v2", "googlenet", "resnext50_32x4d", "mobilenet_v3_small"]
+)
 def test_torchvision_networks_at_half_width_cost_what_was_predicted(name: str) -> None:
     extra = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
     model = torchvision.models.get_model(name, weights=None, **extra).eval()

@@ -1,0 +1,293 @@
+"""How long layers take in ONNX Runtime on this machine's CPU, each inside a chain of layers.
+
+A layer on its own would pay for changing to the runtime's blocked data layout and back and would find its
+weights in the cache, which it does not within a network. So chains are timed, and the runtime's own profile
+says how long each layer of a chain took.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocompress.core.errors import ExportError, RecipeError
+from autocompress.core.graph import LayerSpec
+
+PRECISIONS = (8, 32)
+"""Bits that can be timed: int8 written as QDQ (unsigned activations, one scale per output channel), float."""
+
+LAYER_OPERATORS = frozenset(
+    {"Conv", "FusedConv", "QLinearConv", "Gemm", "FusedGemm", "QGemm", "MatMul", "QLinearMatMul"}
+)
+"""What ONNX Runtime runs a convolution or linear layer as, after its graph optimisations."""
+
+_OPSET = 18
+_WARM_UP_ROUNDS = 3  # the first runs allocate memory and pack weights
+_CLEAN_SHARE = 0.97  # of a run's wall time that must be CPU time of this process
+_FEWEST_CLEAN = 8
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one network in milliseconds.
+
+    Args:
+        network_ms: one sample from end to end, without the profiler.
+        layer_ms: of each convolution or linear layer, in the order in which they ran.
+        layer_shapes: output shape of each layer.
+        clean_share: share of the timed runs' wall time in which this process had the CPU; 1 on an idle machine.
+    """
+
+    network_ms: float
+    layer_ms: tuple[float, ...]
+    layer_shapes: tuple[tuple[int, ...], ...]
+    clean_share: float
+
+
+def chain_model(layers: Sequence[LayerSpec], *, bits: int = 32) -> bytes:
+    """An ONNX model that runs the layers one after the other with random weights, a ReLU after each.
+
+    Where the next layer reads fewer pixels, a 2 x 2 maximum pooling stands between; in front of a linear
+    layer the map is flattened, after a global average pooling unless the layer reads every pixel.
+
+    Args:
+        layers: not transposed; each must fit the one before.
+        bits: 32 for float, 8 for int8 as QDQ.
+
+    Raises:
+        RecipeError: bits other than 8 and 32, no layers, or layers that do not fit each other.
+    """
+    if bits not in PRECISIONS or not layers:
+        raise RecipeError(f"a chain needs layers and bits out of {PRECISIONS}, got {len(layers)} and {bits}")
+    import onnx
+
+    chain = _Chain(quantised=bits == 8)
+    first = layers[0]
+    shape = [1, first.in_channels] + ([] if first.kind == "linear" else list(first.in_hw))
+    value = chain.quantise("images", zero_point=128)
+    for index, layer in enumerate(layers):
+        value = chain.bridge(value, layers[index - 1] if index else None, layer)
+        value = chain.layer(value, layer, f"layer{index}")
+    graph = onnx.helper.make_graph(
+        chain.nodes,
+        "chain",
+        [onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, shape)],
+        [onnx.helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None)],
+        chain.constants,
+    )
+    opsets = [onnx.helper.make_opsetid("", _OPSET)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets)
+    model.ir_version = onnx.helper.find_min_ir_version_for(opsets)
+    serialised: bytes = model.SerializeToString()
+    return serialised
+
+
+@dataclass
+class _Chain:
+    """The nodes and constants of a chain under construction; methods return the name of a value."""
+
+    quantised: bool
+    nodes: list[Any] = field(default_factory=list)
+    constants: list[Any] = field(default_factory=list)
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def node(self, operator: str, inputs: Sequence[str], **attributes: Any) -> str:
+        import onnx
+
+        name = f"{operator}_{len(self.nodes)}"
+        self.nodes.append(onnx.helper.make_node(operator, list(inputs), [name], name=name, **attributes))
+        return name
+
+    def constant(self, values: NDArray[Any]) -> str:
+        import onnx
+
+        name = f"constant_{len(self.constants)}"
+        self.constants.append(onnx.numpy_helper.from_array(values, name))
+        return name
+
+    def quantise(self, value: str, *, zero_point: int = 0, scale: float = 0.03) -> str:
+        """Through 8 unsigned bits and back; nothing in a float chain."""
+        if not self.quantised:
+            return value
+        scales = [self.constant(np.float32(scale)[...]), self.constant(np.uint8(zero_point)[...])]
+        return self.node("DequantizeLinear", [self.node("QuantizeLinear", [value, *scales]), *scales])
+
+    def bridge(self, value: str, before: LayerSpec | None, after: LayerSpec) -> str:
+        """What stands between two layers."""
+        if before is None or before.kind == after.kind == "linear":
+            return value
+        height, width = before.out_hw
+        if after.kind == "linear":
+            if after.in_channels != before.out_channels * height * width:
+                value = self.quantise(self.node("GlobalAveragePool", [value]))
+            return self.node("Flatten", [value])
+        if before.out_hw == after.in_hw:
+            return value
+        if (height // 2, width // 2) != after.in_hw:
+            raise RecipeError(f"layer {after.name!r} reads {after.in_hw} pixels after {before.out_hw}: halve or keep")
+        return self.quantise(self.node("MaxPool", [value], kernel_shape=[2, 2], strides=[2, 2]))
+
+    def layer(self, value: str, layer: LayerSpec, name: str) -> str:
+        fan_in = layer.kernel_weights // layer.out_channels
+        shape = (layer.out_channels, layer.in_channels // layer.groups)
+        if layer.kind == "conv":
+            shape += layer.kernel
+        weights = self.rng.standard_normal(shape, dtype=np.float32) / np.float32(math.sqrt(fan_in))
+        inputs = [value, *self.parameters(weights)]
+        if layer.kind == "linear":
+            value = self.node("Gemm", inputs, transB=1)
+        else:
+            window = {"kernel_shape": layer.kernel, "strides": layer.stride, "pads": _pads(layer)}
+            value = self.node("Conv", inputs, group=layer.groups, **window)
+        self.nodes[-1].name = name
+        return self.quantise(self.node("Relu", [value]))
+
+    def parameters(self, weights: NDArray[np.float32]) -> list[str]:
+        """Weights and biases; at 8 bits one weight scale per output channel and biases of 32 bits."""
+        channels = len(weights)
+        if not self.quantised:
+            return [self.constant(weights), self.constant(np.zeros(channels, np.float32))]
+        scale = np.abs(weights).reshape(channels, -1).max(axis=1) / np.float32(127)
+        levels = np.rint(weights / scale.reshape(-1, *[1] * (weights.ndim - 1))).astype(np.int8)
+        weight = [self.constant(levels), self.constant(scale), self.constant(np.zeros(channels, np.int8))]
+        bias = [
+            self.constant(np.zeros(channels, np.int32)),
+            self.constant((scale * np.float32(0.03)).astype(np.float32)),
+            self.constant(np.zeros(channels, np.int32)),
+        ]
+        return [self.node("DequantizeLinear", given, axis=0) for given in (weight, bias)]
+
+
+def _pads(layer: LayerSpec) -> list[int]:
+    """Padding (top, left, bottom, right) that gives the layer's output size."""
+    totals = [
+        max(0, (size - 1) * stride + kernel - given)
+        for size, stride, kernel, given in zip(
+            layer.out_hw, layer.stride, layer.kernel, layer.in_hw, strict=True
+        )
+    ]
+    return [total // 2 for total in totals] + [total - total // 2 for total in totals]
+
+
+def time_networks(
+    models: Mapping[str, bytes | Path],
+    *,
+    runs: int,
+    threads: int = 1,
+    on_round: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Timing]:
+    """Time ONNX models at batch 1, as wholes and layer by layer.
+
+    The models take turns within one loop, because a machine's speed drifts. With one thread, wall time is
+    compared with the CPU time of this process, and the runs that others interrupted least count; of these
+    the faster half, averaged.
+
+    Args:
+        models: name -> ONNX file, or its bytes.
+        runs: timed runs of each model, with and without the profiler.
+        threads: ONNX Runtime's threads within an operator; interruptions can only be seen with one.
+        on_round: called with rounds done and rounds there are.
+
+    Raises:
+        RecipeError: runs or threads below 1.
+        ExportError: ONNX Runtime cannot read a model.
+    """
+    if runs < 1 or threads < 1:
+        raise RecipeError(f"runs and threads must be at least 1, got {runs} and {threads}")
+    with tempfile.TemporaryDirectory() as folder:
+        plain = {name: _Bench(model, threads) for name, model in models.items()}
+        traced = {
+            name: _Bench(model, threads, str(Path(folder) / f"profile{i}"))
+            for i, (name, model) in enumerate(models.items())
+        }
+        for number in range(_WARM_UP_ROUNDS + runs):
+            for bench in (*plain.values(), *traced.values()):
+                bench.run()
+            on_round(number + 1, _WARM_UP_ROUNDS + runs)
+        return {name: _timing(plain[name], traced[name]) for name in models}
+
+
+class _Bench:
+    """One session and the wall and CPU time of each of its runs."""
+
+    def __init__(self, model: bytes | Path, threads: int, profile: str | None = None) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors only
+        # Threads that wait by spinning would count as CPU time and slow their neighbours down.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, profile
+        try:
+            source = model if isinstance(model, bytes) else str(model)
+            self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as fault:  # ONNX Runtime's exceptions share no public base class
+            raise ExportError(f"ONNX Runtime {onnxruntime.__version__} cannot time a model: {fault}") from fault
+        given = self.session.get_inputs()[0]
+        shape = [size if isinstance(size, int) else 1 for size in given.shape]
+        self.feed = {given.name: np.random.default_rng(0).standard_normal(shape, dtype=np.float32)}
+        self.threads = threads
+        self.wall_ms: list[float] = []
+        self.cpu_ms: list[float] = []
+
+    def run(self) -> None:
+        wall, cpu = time.perf_counter_ns(), time.process_time_ns()
+        self.session.run(None, self.feed)
+        self.cpu_ms.append((time.process_time_ns() - cpu) / 1e6)
+        self.wall_ms.append((time.perf_counter_ns() - wall) / 1e6)
+
+    def shares(self) -> NDArray[np.float64]:
+        """Of each timed run: CPU time over wall time, or 1 where several threads hide it."""
+        wall, cpu = (np.array(times[_WARM_UP_ROUNDS:]) for times in (self.wall_ms, self.cpu_ms))
+        return np.minimum(cpu / wall, 1.0) if self.threads == 1 else np.ones_like(wall)
+
+    def clean(self) -> NDArray[np.int64]:
+        """Numbers of the runs that count: all clean ones, or the cleanest few."""
+        shares = self.shares()
+        enough = max(int((shares >= _CLEAN_SHARE).sum()), min(_FEWEST_CLEAN, len(shares)))
+        return np.argsort(-shares, kind="stable")[:enough].astype(np.int64)
+
+
+def _timing(plain: _Bench, traced: _Bench) -> Timing:
+    events, shapes = _layer_events(Path(traced.session.end_profiling()))
+    durations = np.array(events[_WARM_UP_ROUNDS:]) / 1e3
+    # CPU time of a whole run is exact even when others interrupted it; the profile has wall time only.
+    network = np.array((plain.cpu_ms if plain.threads == 1 else plain.wall_ms)[_WARM_UP_ROUNDS:])
+    layers = durations[traced.clean()]
+    share = float(traced.shares()[traced.clean()].mean())
+    return Timing(
+        float(_faster_half(network[:, None])[0]), tuple(map(float, _faster_half(layers))), shapes, share
+    )
+
+
+def _faster_half(times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean of the smaller half of each column: steadier than the minimum, blind to outliers."""
+    return np.asarray(np.sort(times, axis=0)[: max(1, len(times) // 2)].mean(axis=0))
+
+
+def _layer_events(profile: Path) -> tuple[list[list[float]], tuple[tuple[int, ...], ...]]:
+    """Microseconds of every layer in every run, and the layers' output shapes."""
+    runs: list[list[float]] = []
+    shapes: list[tuple[int, ...]] = []
+    events = json.loads(profile.read_text(encoding="utf-8"))
+    for event in sorted(events, key=lambda e: e.get("ts", 0)):
+        if event.get("name") == "model_run":
+            runs.append([])
+        if event.get("cat") == "Node" and event["args"].get("op_name") in LAYER_OPERATORS and runs:
+            runs[-1].append(float(event["dur"]))
+            if len(runs) == 1:
+                shape = next(iter(event["args"]["output_type_shape"][0].values()))
+                shapes.append(tuple(int(size) for size in shape))
+    return runs, tuple(shapes)

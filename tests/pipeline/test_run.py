@@ -1,0 +1,206 @@
+"""Whole runs: what they promise, what they leave behind, and that a stopped one ends the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import TinyResNet
+from safetensors.torch import load_file
+
+from autocompress.core import Ledger
+from autocompress.core.errors import CheckpointError, RunDirectoryError
+from autocompress.pipeline import Event, Recipe, compress, load_compressed, resume, run_recipe
+from autocompress.pipeline.run_directory import RunDirectory
+from autocompress.trace import measure
+from autocompress.training import evaluate, load_data
+from autocompress.zoo import build
+
+SMALL = """
+name: small
+model: [digits_vgg, digits_mobilenet]
+data: digits
+threads: 1
+budgets: {macs: 0.5, params: 0.6}
+train: {epochs: 2, batch_size: 64}
+prune: {calibration_images: 128, recalibrate_batches: 1, score_images: 100}
+search: {algorithm: ddpg, num_plans: 8}
+finetune: {epochs: 2, batch_size: 64}
+export: {parity_images: 16, latency_runs: 3}
+"""
+FILES = {
+    "report.html",
+    "plan.json",
+    "model.onnx",
+    "original.onnx",
+    "model.safetensors",
+    "result.json",
+    "ledger.sqlite",
+    "recipe.yaml",
+    "layers.json",
+    "trials.json",
+    "training.json",
+}
+
+
+def outcome(folder: Path) -> tuple[str, list[tuple[str, float, str]], dict[str, torch.Tensor]]:
+    """What must not depend on interruptions: plan, ledger (without times), final weights."""
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        rows = [(e.plan.digest, e.score, json.dumps(e.cost)) for e in ledger.entries()]
+    return (folder / "plan.json").read_text(), rows, load_file(folder / "model.safetensors")
+
+
+def assert_same(a: Path, b: Path) -> None:
+    (plan, rows, weights), (other_plan, other_rows, other_weights) = outcome(a), outcome(b)
+    assert plan == other_plan
+    assert rows == other_rows
+    assert weights.keys() == other_weights.keys()
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    run_recipe(Recipe.parse(SMALL), out=folder)
+    return folder
+
+
+def test_a_run_leaves_every_file_and_nothing_half_written(straight: Path) -> None:
+    names = {path.name for path in straight.iterdir()}
+    assert names >= FILES
+    assert not [name for name in names if name.endswith(".tmp")]
+
+
+def test_the_result_meets_every_budget_and_is_what_the_network_measures(straight: Path) -> None:
+    result = json.loads((straight / "result.json").read_text())
+    model = build(result["provenance"]["model"], num_classes=10, in_channels=1)
+    small = load_compressed(model, straight)
+    measured = measure(small, (1, 8, 8))
+    for metric, share in (("macs", 0.5), ("params", 0.6)):
+        assert result["after"][metric] == measured[metric] <= share * result["before"][metric]
+    assert evaluate(small, load_data("digits").test).accuracy == result["after"]["accuracy"]
+
+
+def test_every_search_gets_as_many_plans(straight: Path) -> None:
+    trials = json.loads((straight / "trials.json").read_text())
+    assert {name: len(rows) for name, rows in trials.items()} == {"ddpg": 8, "random": 8, "uniform": 1}
+
+
+@pytest.mark.parametrize("stop_at", [3, 9, 16, 26])
+def test_a_run_interrupted_at_any_event_and_resumed_equals_the_straight_run(
+    straight: Path, tmp_path: Path, stop_at: int
+) -> None:
+    count = 0
+
+    def interrupt(event: Event) -> None:
+        nonlocal count
+        count += 1
+        if count == stop_at:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(Recipe.parse(SMALL), out=folder, on_event=interrupt)
+    assert not (folder / "result.json").exists()
+    resume(folder)
+    assert_same(straight, folder)
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_at_twenty_random_moments_changes_nothing(straight: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(SMALL)
+    rng = np.random.default_rng(0)
+    script = [sys.executable, "-m", "autocompress.cli", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    start = time.perf_counter()
+    subprocess.run([*script, str(recipe), "--out", str(tmp_path / "timed")], check=True, env=environment)
+    whole = time.perf_counter() - start
+    for attempt in range(20):
+        folder = tmp_path / f"run-{attempt}"
+        process = subprocess.Popen([*script, str(recipe), "--out", str(folder)], env=environment)
+        time.sleep(rng.uniform(0.2, 1.0) * whole)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        again = (
+            ["--resume", str(folder)]
+            if (folder / "recipe.yaml").exists()
+            else [str(recipe), "--out", str(folder)]
+        )
+        subprocess.run([*script, *again], check=True, env=environment)
+        assert_same(straight, folder)
+
+
+def test_an_own_network_and_own_data_are_compressed_and_left_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = TinyResNet()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.randn(120, 3, 16, 16)
+    samples = [(image, index % 10) for index, image in enumerate(images)]
+    recipe = {
+        "budgets": {"macs": 0.6},
+        "stages": ["prune", "finetune", "export"],
+        "search": {"num_plans": 4, "algorithm": "random", "baselines": []},
+        "finetune": {"epochs": 1},
+        "export": {"latency_runs": 2, "parity_images": 4},
+    }
+    result = compress(model, (samples[:100], samples[100:]), recipe, run_dir=tmp_path / "own")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    small = load_compressed(model, tmp_path / "own")
+    assert measure(small, (3, 16, 16))["macs"] == result.after["macs"] <= 0.6 * result.before["macs"]
+    again = compress(model, (samples[:100], samples[100:]), recipe, run_dir=tmp_path / "own")
+    assert again.plan == result.plan
+    with pytest.raises(RunDirectoryError, match="another recipe"):
+        compress(model, (samples[:100], samples[100:]), recipe | {"seed": 1}, run_dir=tmp_path / "own")
+    with pytest.raises(CheckpointError, match="another network"):
+        load_compressed(build("digits_vgg", num_classes=10, in_channels=3), tmp_path / "own")
+
+
+def test_the_code_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip() and "import" not in line]) < 10
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)  # noqa: S102
+    result = names["result"]
+    assert result.after["macs"] <= 0.5 * result.before["macs"]  # type: ignore[attr-defined]
+    assert result.after["accuracy"] > 0.8  # type: ignore[attr-defined]
+
+
+def test_a_run_directory_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+    recipe = Recipe.parse(SMALL)
+    with RunDirectory.create(tmp_path / "run", recipe), pytest.raises(RunDirectoryError, match="in use"):
+        RunDirectory.open(tmp_path / "run")
+    with RunDirectory.open(tmp_path / "run") as again:
+        assert again.recipe.digest == recipe.digest
+
+
+def test_names_of_runs_count_upward(tmp_path: Path) -> None:
+    assert RunDirectory.next_free(tmp_path, "a") == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").touch()
+    assert RunDirectory.next_free(tmp_path, "a") == tmp_path / "a-2"
+
+
+def test_a_write_that_fails_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunDirectory.create(tmp_path / "run", Recipe.parse(SMALL)) as directory:
+        directory.write("plan.json", "old")
+
+        def full(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(RunDirectoryError, match="free some space"):
+            directory.write("plan.json", "new")
+        assert (directory.path / "plan.json").read_text() == "old"
+        assert not list(directory.path.glob("*.tmp"))
