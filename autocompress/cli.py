@@ -52,6 +52,14 @@ class Listing(StrEnum):
     DATA = "data"
 
 
+class Format(StrEnum):
+    """How ``autocompress price`` writes its figures."""
+
+    TEXT = "text"
+    CSV = "csv"
+    JSON = "json"
+
+
 @app.command(
     epilog="Examples: [bold]autocompress run recipes/digits.yaml[/] · "
     "[bold]autocompress run digits --set search.num_plans=50 --set seed=1[/] · "
@@ -103,6 +111,71 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a finished ru
     out.print(f"wrote {escape(str(write_report(run_dir)))}", soft_wrap=True)
 
 
+@app.command(
+    epilog="Examples: [bold]autocompress price torchvision:resnet18 --target systolic-16x16 --bits 8[/] · "
+    "[bold]autocompress price resnet20 --input 3,32,32 --target bitfusion --compare eyeriss --bits 4,8[/]"
+)
+def price(  # noqa: PLR0917
+    model: Annotated[str, typer.Argument(help="A network by name: zoo, torchvision:NAME, pkg.mod:factory.")],
+    target: Annotated[str | None, typer.Option(help="A bundled target's name, or a target file.")] = None,
+    compare: Annotated[str, typer.Option(metavar="T1,T2", help="More targets, side by side.")] = "",
+    bits: Annotated[str | None, typer.Option(help="Of every layer: 8, or 4,8 (weights, activations).")] = None,
+    plan: Annotated[Path | None, typer.Option(help="JSON of a plan, or of a run's result.")] = None,
+    batch: Annotated[int, typer.Option(help="Samples at once; figures are per sample.")] = 1,
+    input_: Annotated[str, typer.Option("--input", metavar="C,H,W", help="Shape of one image.")] = "3,224,224",
+    classes: Annotated[int, typer.Option(help="Outputs of the network.")] = 1000,
+    format_: Annotated[Format, typer.Option("--format", help="How to write the figures.")] = Format.TEXT,
+    plot: Annotated[Path | None, typer.Option(help="Also draw latency per layer into this SVG file.")] = None,
+) -> None:
+    """Say what a network costs on a machine, layer by layer."""
+    from autocompress.pipeline import price as pricing
+
+    graph = pricing.traced_graph(model, input_shape=pricing.parse_shape(input_), num_classes=classes)
+    graph = pricing.changed_graph(graph, bits=bits, plan=plan)
+    targets = [name.strip() for name in (target or "", *compare.split(",")) if name.strip()]
+    priced = pricing.price(graph, targets, batch=batch)
+    if plot is not None:
+        pricing.write_chart(priced, plot)
+    if format_ is not Format.TEXT:
+        print((pricing.as_csv if format_ is Format.CSV else pricing.as_json)(priced))
+        return
+    for one in priced:
+        _show_rows(f"{model} on {one.model.name}, batch {batch}, per sample", *pricing.table_of(one))
+    _show_rows("totals", *pricing.totals_of(priced))
+    for note in graph.uncounted:
+        out.print(f"[yellow]not counted:[/] {escape(note)}")
+
+
+@app.command(
+    epilog="Examples: [bold]autocompress profile[/] · "
+    "[bold]autocompress profile --target my-phone --csv measurements.csv[/]"
+)
+def profile(
+    target: Annotated[str, typer.Option(help="Name of the target to make.")] = "this-cpu",
+    out_file: Annotated[Path | None, typer.Option("--out", help="Target file [TARGET.yaml].")] = None,
+    threads: Annotated[int, typer.Option(help="Threads of ONNX Runtime within a layer.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer networks and runs, larger errors.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Fit these measurements of a device elsewhere.")] = None,
+) -> None:
+    """Measure this machine, or read measurements of another, and write a target file that predicts it."""
+    from autocompress.pipeline import profile as profiling
+
+    path = out_file or profiling.default_path(target)
+    if csv is None:
+        with _progress() as on_event:
+            fitted = profiling.profile_machine(target, path, threads=threads, quick=quick, on_event=on_event)
+    else:
+        fitted = profiling.profile_measurements(target, path, csv)
+    out.print(escape(fitted.about), soft_wrap=True)
+    for bits, error in fitted.model.held_out_error.items():
+        out.print(
+            f"{bits} bits: median error {error['layer']:.1%} per layer, {error['network']:.1%} per network, "
+            "on networks left out of the fit one by one",
+            soft_wrap=True,
+        )
+    out.print(f"wrote {escape(str(path))}; use it with --target {escape(str(path))}", soft_wrap=True)
+
+
 @app.command("list", epilog="Example: [bold]autocompress list models[/]")
 def list_(what: Annotated[Listing, typer.Argument(help="What to list.")]) -> None:
     """List networks, targets, searches, recipes or data sets by name."""
@@ -120,8 +193,11 @@ def _models() -> Iterator[str]:
 
 def _targets() -> Iterator[str]:
     from autocompress.hardware_sim import MacsModel
+    from autocompress.hardware_sim.target_file import bundled_targets, load_target
 
     yield f"{MacsModel.name}: counts {', '.join(MacsModel.metrics)}; recipes limit macs and params"
+    for path in bundled_targets():
+        yield f"{path.stem}: {load_target(path).kind}"
 
 
 def _searches() -> Iterator[str]:
@@ -211,6 +287,15 @@ def _show_result(result: Result) -> None:
         )
     if result.run_dir is not None:
         out.print(f"report: {escape(str(result.run_dir / 'report.html'))}", soft_wrap=True)
+
+
+def _show_rows(title: str, headings: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, show_footer=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(text) for text in row))
+    out.print(table)
 
 
 def _show_candidate(prepared: Prepared, candidate: Candidate, problem: Problem) -> None:

@@ -31,6 +31,8 @@ LAYER_OPERATORS = frozenset(
 """What ONNX Runtime runs a convolution or linear layer as, after its graph optimisations."""
 
 _OPSET = 18
+# 8 bits reach up to 5.99, so the runtime drops a ReLU6 before the quantisation, as in a calibrated network.
+_ACT_SCALE = np.float32(0.0235)
 _WARM_UP_ROUNDS = 3  # the first runs allocate memory and pack weights
 _CLEAN_SHARE = 0.97  # of a run's wall time that must be CPU time of this process
 _FEWEST_CLEAN = 8
@@ -43,59 +45,78 @@ class Timing:
     Args:
         network_ms: one sample from end to end, without the profiler.
         layer_ms: of each convolution or linear layer, in the order in which they ran.
-        layer_shapes: output shape of each layer.
-        clean_share: share of the timed runs' wall time in which this process had the CPU; 1 on an idle machine.
+        windows: kernel and output size of each float convolution, (height, width, height, width); empty for
+            other layers. The runtime may swap parallel branches: these tell them apart.
+        clean_share: share of the wall time of the runs that count in which this process had the CPU.
     """
 
     network_ms: float
     layer_ms: tuple[float, ...]
-    layer_shapes: tuple[tuple[int, ...], ...]
+    windows: tuple[tuple[int, ...], ...]
     clean_share: float
 
 
-def chain_model(layers: Sequence[LayerSpec], *, bits: int = 32) -> bytes:
-    """An ONNX model that runs the layers one after the other with random weights, a ReLU after each.
+@dataclass(frozen=True)
+class Chain:
+    """Layers that run one after the other.
 
     Where the next layer reads fewer pixels, a 2 x 2 maximum pooling stands between; in front of a linear
     layer the map is flattened, after a global average pooling unless the layer reads every pixel.
 
     Args:
         layers: not transposed; each must fit the one before.
+        inverted: a ReLU6 after each layer but none after 1 x 1 convolutions with fewer outputs than inputs,
+            as in MobileNetV2; otherwise a ReLU after each. ONNX Runtime runs ReLU within a convolution, but
+            ReLU6 as one more pass over its output. The last layer has none.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    inverted: bool = False
+
+
+def chain_model(chain: Chain, *, bits: int = 32) -> bytes:
+    """An ONNX model of a chain with random weights.
+
+    Args:
+        chain: at least one layer.
         bits: 32 for float, 8 for int8 as QDQ.
 
     Raises:
         RecipeError: bits other than 8 and 32, no layers, or layers that do not fit each other.
     """
+    layers = chain.layers
     if bits not in PRECISIONS or not layers:
         raise RecipeError(f"a chain needs layers and bits out of {PRECISIONS}, got {len(layers)} and {bits}")
     import onnx
 
-    chain = _Chain(quantised=bits == 8)
+    graph = _Graph(quantised=bits == 8, inverted=chain.inverted, last=layers[-1])
     first = layers[0]
     shape = [1, first.in_channels] + ([] if first.kind == "linear" else list(first.in_hw))
-    value = chain.quantise("images", zero_point=128)
+    value = graph.quantise("images", zero_point=128)
     for index, layer in enumerate(layers):
-        value = chain.bridge(value, layers[index - 1] if index else None, layer)
-        value = chain.layer(value, layer, f"layer{index}")
-    graph = onnx.helper.make_graph(
-        chain.nodes,
+        value = graph.bridge(value, layers[index - 1] if index else None, layer)
+        value = graph.layer(value, layer, f"layer{index}")
+    proto = onnx.helper.make_graph(
+        graph.nodes,
         "chain",
         [onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, shape)],
         [onnx.helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None)],
-        chain.constants,
+        graph.constants,
     )
     opsets = [onnx.helper.make_opsetid("", _OPSET)]
-    model = onnx.helper.make_model(graph, opset_imports=opsets)
+    model = onnx.helper.make_model(proto, opset_imports=opsets)
     model.ir_version = onnx.helper.find_min_ir_version_for(opsets)
     serialised: bytes = model.SerializeToString()
     return serialised
 
 
 @dataclass
-class _Chain:
+class _Graph:
     """The nodes and constants of a chain under construction; methods return the name of a value."""
 
     quantised: bool
+    inverted: bool
+    last: LayerSpec
     nodes: list[Any] = field(default_factory=list)
     constants: list[Any] = field(default_factory=list)
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
@@ -114,11 +135,11 @@ class _Chain:
         self.constants.append(onnx.numpy_helper.from_array(values, name))
         return name
 
-    def quantise(self, value: str, *, zero_point: int = 0, scale: float = 0.03) -> str:
+    def quantise(self, value: str, *, zero_point: int = 0) -> str:
         """Through 8 unsigned bits and back; nothing in a float chain."""
         if not self.quantised:
             return value
-        scales = [self.constant(np.float32(scale)[...]), self.constant(np.uint8(zero_point)[...])]
+        scales = [self.constant(np.array(_ACT_SCALE)), self.constant(np.array(zero_point, np.uint8))]
         return self.node("DequantizeLinear", [self.node("QuantizeLinear", [value, *scales]), *scales])
 
     def bridge(self, value: str, before: LayerSpec | None, after: LayerSpec) -> str:
@@ -126,30 +147,47 @@ class _Chain:
         if before is None or before.kind == after.kind == "linear":
             return value
         height, width = before.out_hw
+        halved = (height // 2, width // 2)
         if after.kind == "linear":
-            if after.in_channels != before.out_channels * height * width:
+            if after.in_channels == before.out_channels * math.prod(halved):
+                value = self.halve(value)
+            elif after.in_channels != before.out_channels * height * width:
                 value = self.quantise(self.node("GlobalAveragePool", [value]))
-            return self.node("Flatten", [value])
+            return self.quantise(self.node("Flatten", [value]))
         if before.out_hw == after.in_hw:
             return value
-        if (height // 2, width // 2) != after.in_hw:
-            raise RecipeError(f"layer {after.name!r} reads {after.in_hw} pixels after {before.out_hw}: halve or keep")
+        if halved != after.in_hw:
+            raise RecipeError(
+                f"layer {after.name!r} must read {before.out_hw} pixels, or {halved} after pooling, "
+                f"got {after.in_hw}"
+            )
+        return self.halve(value)
+
+    def halve(self, value: str) -> str:
         return self.quantise(self.node("MaxPool", [value], kernel_shape=[2, 2], strides=[2, 2]))
 
     def layer(self, value: str, layer: LayerSpec, name: str) -> str:
         fan_in = layer.kernel_weights // layer.out_channels
-        shape = (layer.out_channels, layer.in_channels // layer.groups)
-        if layer.kind == "conv":
-            shape += layer.kernel
+        window = layer.kernel if layer.kind == "conv" else ()
+        shape = (layer.out_channels, layer.in_channels // layer.groups, *window)
         weights = self.rng.standard_normal(shape, dtype=np.float32) / np.float32(math.sqrt(fan_in))
         inputs = [value, *self.parameters(weights)]
         if layer.kind == "linear":
             value = self.node("Gemm", inputs, transB=1)
         else:
-            window = {"kernel_shape": layer.kernel, "strides": layer.stride, "pads": _pads(layer)}
-            value = self.node("Conv", inputs, group=layer.groups, **window)
+            sizes = {"kernel_shape": layer.kernel, "strides": layer.stride, "pads": _pads(layer)}
+            value = self.node("Conv", inputs, group=layer.groups, **sizes)
         self.nodes[-1].name = name
-        return self.quantise(self.node("Relu", [value]))
+        return self.quantise(self.activation(value, layer))
+
+    def activation(self, value: str, layer: LayerSpec) -> str:
+        if layer is self.last:
+            return value
+        if not self.inverted:
+            return self.node("Relu", [value])
+        if layer.kind == "conv" and layer.kernel == (1, 1) and layer.out_channels < layer.in_channels:
+            return value
+        return self.node("Clip", [value, *(self.constant(np.array(bound, np.float32)) for bound in (0, 6))])
 
     def parameters(self, weights: NDArray[np.float32]) -> list[str]:
         """Weights and biases; at 8 bits one weight scale per output channel and biases of 32 bits."""
@@ -161,7 +199,7 @@ class _Chain:
         weight = [self.constant(levels), self.constant(scale), self.constant(np.zeros(channels, np.int8))]
         bias = [
             self.constant(np.zeros(channels, np.int32)),
-            self.constant((scale * np.float32(0.03)).astype(np.float32)),
+            self.constant(scale * _ACT_SCALE),
             self.constant(np.zeros(channels, np.int32)),
         ]
         return [self.node("DequantizeLinear", given, axis=0) for given in (weight, bias)]
@@ -234,7 +272,9 @@ class _Bench:
             source = model if isinstance(model, bytes) else str(model)
             self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as fault:  # ONNX Runtime's exceptions share no public base class
-            raise ExportError(f"ONNX Runtime {onnxruntime.__version__} cannot time a model: {fault}") from fault
+            raise ExportError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot time a model: {fault}"
+            ) from fault
         given = self.session.get_inputs()[0]
         shape = [size if isinstance(size, int) else 1 for size in given.shape]
         self.feed = {given.name: np.random.default_rng(0).standard_normal(shape, dtype=np.float32)}
@@ -261,14 +301,14 @@ class _Bench:
 
 
 def _timing(plain: _Bench, traced: _Bench) -> Timing:
-    events, shapes = _layer_events(Path(traced.session.end_profiling()))
+    events, windows = _layer_events(Path(traced.session.end_profiling()))
     durations = np.array(events[_WARM_UP_ROUNDS:]) / 1e3
     # CPU time of a whole run is exact even when others interrupted it; the profile has wall time only.
     network = np.array((plain.cpu_ms if plain.threads == 1 else plain.wall_ms)[_WARM_UP_ROUNDS:])
     layers = durations[traced.clean()]
     share = float(traced.shares()[traced.clean()].mean())
     return Timing(
-        float(_faster_half(network[:, None])[0]), tuple(map(float, _faster_half(layers))), shapes, share
+        float(_faster_half(network[:, None])[0]), tuple(map(float, _faster_half(layers))), windows, share
     )
 
 
@@ -278,9 +318,9 @@ def _faster_half(times: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _layer_events(profile: Path) -> tuple[list[list[float]], tuple[tuple[int, ...], ...]]:
-    """Microseconds of every layer in every run, and the layers' output shapes."""
+    """Microseconds of every layer in every run, and the layers' windows."""
     runs: list[list[float]] = []
-    shapes: list[tuple[int, ...]] = []
+    windows: list[tuple[int, ...]] = []
     events = json.loads(profile.read_text(encoding="utf-8"))
     for event in sorted(events, key=lambda e: e.get("ts", 0)):
         if event.get("name") == "model_run":
@@ -288,6 +328,14 @@ def _layer_events(profile: Path) -> tuple[list[list[float]], tuple[tuple[int, ..
         if event.get("cat") == "Node" and event["args"].get("op_name") in LAYER_OPERATORS and runs:
             runs[-1].append(float(event["dur"]))
             if len(runs) == 1:
-                shape = next(iter(event["args"]["output_type_shape"][0].values()))
-                shapes.append(tuple(int(size) for size in shape))
-    return runs, tuple(shapes)
+                windows.append(_window(event["args"]))
+    return runs, tuple(windows)
+
+
+def _window(args: Mapping[str, Any]) -> tuple[int, ...]:
+    weights = next((shape for shape in map(_shape, args["input_type_shape"][1:]) if len(shape) == 4), ())
+    return (*weights[2:], *_shape(args["output_type_shape"][0])[2:]) if weights else ()
+
+
+def _shape(entry: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+    return tuple(int(size) for size in next(iter(entry.values())))

@@ -21,6 +21,9 @@ from autocompress.core.graph import LayerGraph
 from autocompress.hardware_sim.table import Floats, LayerTable
 
 
+PLANS_AT_ONCE = 2000
+
+
 class UnsupportedLayerError(AutocompressError):
     """A target cannot run a layer: its kind, its bits or its size; every fault is listed."""
 
@@ -111,6 +114,17 @@ class HardwareModel(ABC):
     def price_plans(
         self, graph: LayerGraph, **choices: Mapping[str, NDArray[np.int64]]
     ) -> dict[Metric, Floats]:
-        """Totals of P variants of one graph; arguments as for :meth:`LayerTable.of_plans`."""
-        table = LayerTable.of_plans(graph, **choices)
-        return self.totals(self.layer_costs(table), len(graph.layers))
+        """Totals of P variants of one graph; arguments as for :meth:`LayerTable.of_plans`.
+
+        Plans are priced some hundreds at a time, so that the arrays stay in the processor's cache.
+        """
+        num_plans = next((len(v) for group in choices.values() for v in group.values()), 1)
+        parts = []
+        for start in range(0, num_plans, PLANS_AT_ONCE):
+            part = {
+                kind: {name: values[start : start + PLANS_AT_ONCE] for name, values in group.items()}
+                for kind, group in choices.items()
+            }
+            table = LayerTable.of_plans(graph, **part)
+            parts.append(self.totals(self.layer_costs(table), len(graph.layers)))
+        return {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}

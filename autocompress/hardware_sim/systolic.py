@@ -75,7 +75,7 @@ class _Moved:
         act, weight = table.act_bits, table.weight_bits
         loads = elements.ifmap_loads * act + elements.filter_loads * weight
         stores = elements.outputs * act
-        # Every sum but the first of an output is read back; the last one leaves through the output buffer.
+        # Every partial sum but an output's last one is read back to be added to.
         sums = (2 * elements.sum_writes - elements.outputs) * SUM_BITS
         to_array = elements.ifmap_reads * act + elements.filter_reads * weight
         return cls(loads * repeat, stores * repeat, (to_array + sums + loads + stores) * repeat)
@@ -91,9 +91,10 @@ class Systolic(HardwareModel):
     """Latency and energy on a systolic array, layers as im2col matrix products.
 
     Compute cycles are those of SCALE-Sim (Samajdar et al., ISPASS 2020), in closed form: with ``folds =
-    ceil(Sr / rows) * ceil(Sc / columns)`` they are ``folds * (T + 2 * rows + columns - 2) - 1`` for ``ws`` and
-    ``is`` and ``folds * (T + rows + columns - 2) - 1`` for ``os``, where (Sr, Sc, T) is (K, N, M) for ``ws``,
-    (M, N, K) for ``os`` and (K, M, N) for ``is``. A grouped convolution is one product per group, in turn.
+    ceil(Sr / rows) * ceil(Sc / columns)`` they are ``folds * (T + 2 * rows + columns - 2) - 1`` for ``ws``
+    and ``is`` and ``folds * (T + rows + columns - 2) - 1`` for ``os``, where (Sr, Sc, T) is (K, N, M) for
+    ``ws``, (M, N, K) for ``os`` and (K, M, N) for ``is``. A grouped convolution is one product per group, in
+    turn.
 
     Differs from SCALE-Sim in its memories: partial sums stay on chip. Where those of one pass do not fit
     into half the output buffer, the streamed dimension is cut into blocks, and every further block fills
@@ -180,7 +181,8 @@ class Systolic(HardwareModel):
                 "sram": moved.sram_bits / batch * self.sram_pj_per_bit,
                 "dram": moved.dram_bits / batch * self.dram_pj_per_bit,
             },
-            utilisation=macs / cycles * (batch / (self.rows * self.columns)),
+            # SCALE-Sim leaves out the last cycle, so a tiny layer could seem to beat the peak.
+            utilisation=np.minimum(1.0, macs / cycles * (batch / (self.rows * self.columns))),
             memory_bound=dram_cycles > busy,
             extra={
                 "compute_cycles": compute / batch,
@@ -196,7 +198,11 @@ class Systolic(HardwareModel):
         )
 
     def compute_cycles(self, m: Ints, k: Ints, n: Ints) -> Ints:
-        """Cycles of (m x k) times (k x n) without stalls and blocks: SCALE-Sim's count."""
+        """Cycles of (m x k) times (k x n) without stalls and blocks: SCALE-Sim's count.
+
+        Args:
+            m, k, n: output positions, reduction length and output channels, each of shape (N,).
+        """
         rows, columns, streamed = self._dimensions(m, k, n)
         folds = _ceil(rows, self.rows) * _ceil(columns, self.columns)
         return folds * (streamed + self._fill_cycles) - 1
@@ -256,10 +262,11 @@ class Systolic(HardwareModel):
     def _first_tile_bits(self, gemm: _Gemm, table: LayerTable) -> Ints:
         """What must arrive before the first multiplication: the stationary tile, or the first wavefront."""
         if self.dataflow == "os":
-            wavefront = np.minimum(gemm.m, self.rows) * table.act_bits
-            return wavefront + np.minimum(gemm.n, self.columns) * table.weight_bits
+            acts: Ints = np.minimum(gemm.m, self.rows) * table.act_bits
+            weights: Ints = np.minimum(gemm.n, self.columns) * table.weight_bits
+            return acts + weights
         rows, columns, _ = self._dimensions(gemm.m, gemm.k, gemm.n)
-        tile = np.minimum(rows, self.rows) * np.minimum(columns, self.columns)
+        tile: Ints = np.minimum(rows, self.rows) * np.minimum(columns, self.columns)
         return tile * (table.weight_bits if self.dataflow == "ws" else table.act_bits)
 
     def _check(self, table: LayerTable) -> None:

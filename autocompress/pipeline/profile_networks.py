@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from autocompress.core.graph import LayerSpec
+from autocompress.export.layer_bench import Chain
 
 _SIZES = (96, 112, 128, 160, 176, 192, 208, 224)
 
@@ -53,19 +54,19 @@ class _Walk:
 Draw = np.random.Generator
 
 
-def _width(draw: Draw, low: int, high: int, step: int = 8) -> int:
+def _width(draw: Draw, low: float, high: float, step: int = 8) -> int:
     """A multiple of ``step``, uniform on a logarithmic scale."""
     return max(step, round(float(np.exp(draw.uniform(np.log(low), np.log(high)))) / step) * step)
 
 
 def _plain(draw: Draw, walk: _Walk) -> None:
     """VGG-like: 3 x 3 convolutions between poolings, linear layers."""
-    width = _width(draw, 16, 40)
+    width = _width(draw, 12, 28)
     while walk.size >= 6:
         for _ in range(int(draw.integers(1, 3))):
-            walk.conv(min(_width(draw, width, 2 * width), 640), 3)
+            walk.conv(min(_width(draw, width, 1.6 * width), 640), 3)
         walk.pool()
-        width = min(2 * width, 320)
+        width = min(2 * width, 400)
     walk.linear(_width(draw, 512, 3072), walk.channels * walk.size**2)
     walk.linear(_width(draw, 512, 2048))
     walk.linear(1000)
@@ -80,7 +81,7 @@ def _basic(draw: Draw, walk: _Walk) -> None:
         for block in range(int(draw.integers(1, 3))):
             walk.conv(min(width, 576), 3, stride=2 if stage and not block else 1)
             walk.conv(min(width, 576), 3)
-        width = _width(draw, int(1.5 * width), int(2.2 * width))
+        width = _width(draw, 1.5 * width, 2.2 * width)
     walk.linear(1000)
 
 
@@ -95,7 +96,7 @@ def _bottleneck(draw: Draw, walk: _Walk) -> None:
             stride = 1 if block else 2
             walk.conv(inner, 3, stride=stride, groups=inner // per_group if per_group else 1)
             walk.conv(_width(draw, 2 * inner, 4 * inner))
-        width = 2 * inner if stage % 2 else _width(draw, 1.5 * inner, 2 * inner, 32)  # type: ignore[arg-type]
+        width = 2 * inner if stage % 2 else _width(draw, 1.5 * inner, 2 * inner, 32)
     walk.linear(1000)
 
 
@@ -108,13 +109,13 @@ def _inverted(draw: Draw, walk: _Walk) -> None:
             walk.conv(width * int(draw.choice([3, 4, 6])))
             walk.depthwise(kernel, 1 if block or not stage else 2)
             walk.conv(width)
-        width = _width(draw, int(1.3 * width), 2 * width)
+        width = _width(draw, 1.3 * width, 2 * width)
     walk.conv(_width(draw, 640, 1536))
     walk.linear(1000)
 
 
 def _separable(draw: Draw, walk: _Walk) -> None:
-    """MobileNetV1-like: depthwise and 1 x 1 in turn."""
+    """MobileNetV1-like: depthwise and 1 x 1 in turn, with ReLU6 as in the published networks."""
     width = _width(draw, 16, 40)
     walk.conv(width, 3, stride=2)
     while walk.size > 6:
@@ -134,7 +135,7 @@ def _fire(draw: Draw, walk: _Walk) -> None:
         for _ in range(int(draw.integers(1, 4))):
             walk.conv(width)
             walk.conv(_width(draw, 3 * width, 9 * width), 3 if draw.random() < 0.6 else 1)
-        width = _width(draw, int(1.2 * width), 2 * width, 4)
+        width = _width(draw, 1.2 * width, 2 * width, 4)
     walk.conv(1000)
 
 
@@ -148,13 +149,15 @@ FAMILIES: tuple[Callable[[Draw, _Walk], None], ...] = (
 )
 
 
-def measured_networks(num_networks: int, *, seed: int = 0) -> dict[str, tuple[LayerSpec, ...]]:
-    """Name -> layers of networks to measure, the families in turn; equal for equal arguments."""
+def measured_networks(num_networks: int, *, seed: int = 0) -> dict[str, Chain]:
+    """Name -> networks to measure, the families in turn; equal for equal arguments."""
     networks = {}
     for number in range(num_networks):
         draw = np.random.default_rng((seed, number))
         family = FAMILIES[number % len(FAMILIES)]
         walk = _Walk(3, int(draw.choice(_SIZES)))
         family(draw, walk)
-        networks[f"{family.__name__.strip('_')}{number}"] = tuple(walk.layers)
+        networks[f"{family.__name__.strip('_')}{number}"] = Chain(
+            tuple(walk.layers), inverted=family in (_inverted, _separable)
+        )
     return networks

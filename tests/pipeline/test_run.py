@@ -171,7 +171,7 @@ def test_the_code_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len([line for line in code.splitlines() if line.strip() and "import" not in line]) < 10
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)  # noqa: S102
+    exec(compile(code, "README.md", "exec"), names)
     result = names["result"]
     assert result.after["macs"] <= 0.5 * result.before["macs"]  # type: ignore[attr-defined]
     assert result.after["accuracy"] > 0.8  # type: ignore[attr-defined]
