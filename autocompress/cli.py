@@ -119,10 +119,14 @@ def price(  # noqa: PLR0917
     model: Annotated[str, typer.Argument(help="A network by name: zoo, torchvision:NAME, pkg.mod:factory.")],
     target: Annotated[str | None, typer.Option(help="A bundled target's name, or a target file.")] = None,
     compare: Annotated[str, typer.Option(metavar="T1,T2", help="More targets, side by side.")] = "",
-    bits: Annotated[str | None, typer.Option(help="Of every layer: 8, or 4,8 (weights, activations).")] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="Of every layer: 8, or 4,8 (weights, activations).")
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="JSON of a plan, or of a run's result.")] = None,
     batch: Annotated[int, typer.Option(help="Samples at once; figures are per sample.")] = 1,
-    input_: Annotated[str, typer.Option("--input", metavar="C,H,W", help="Shape of one image.")] = "3,224,224",
+    input_: Annotated[
+        str, typer.Option("--input", metavar="C,H,W", help="Shape of one image.")
+    ] = "3,224,224",
     classes: Annotated[int, typer.Option(help="Outputs of the network.")] = 1000,
     format_: Annotated[Format, typer.Option("--format", help="How to write the figures.")] = Format.TEXT,
     plot: Annotated[Path | None, typer.Option(help="Also draw latency per layer into this SVG file.")] = None,

@@ -7,7 +7,7 @@ network from end to end. All three are given the same charge for the time betwee
 results/this-cpu-<machine>-torch<version>.csv.
 
 Run: python benchmarks/this_cpu.py [--runs 25] [--networks 36] [--save FOLDER]
---save also writes the measurements, fit.csv and held-out.csv.
+--save also writes the measurements; tests/golden holds those of one run.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from autocompress.trace import trace
 
 HELD_OUT = ("resnet18", "mobilenet_v2", "vgg11", "squeezenet1_1")
 SHAPE = (3, 224, 224)
+COLUMNS = ("predictor", "network", "layers", "measured_ms", "median_layer_error", "network_error")
 Floats = NDArray[np.float64]
 Predictor = Callable[[LayerTable], Floats]
 
@@ -126,28 +127,11 @@ def compare(model: Measured, fit: Measurements, held_out: Measurements) -> list[
             total = float((predict(table).sum() + between) / whole - 1)
             every += list(errors)
             totals.append(abs(total))
-            rows.append(row(name, network, len(here), whole, float(np.median(errors)), total))
-        median = (float(np.median(every)), float(np.median(totals)))
-        rows.append(row(name, "all (median)", len(every), float("nan"), *median))
+            figures = (len(here), f"{whole:.3f}", f"{np.median(errors):.1%}", f"{total:+.1%}")
+            rows.append(dict(zip(COLUMNS, (name, network, *figures), strict=True)))
+        figures = (len(every), "", f"{np.median(every):.1%}", f"{np.median(totals):.1%}")
+        rows.append(dict(zip(COLUMNS, (name, "all (median)", *figures), strict=True)))
     return rows
-
-
-def row(
-    predictor: str,
-    network: str,
-    num_layers: int,
-    measured_ms: float,
-    layer_error: float,
-    network_error: float,
-) -> dict[str, object]:
-    return {
-        "predictor": predictor,
-        "network": network,
-        "layers": num_layers,
-        "measured_ms": f"{measured_ms:.3f}",
-        "median_layer_error": f"{layer_error:.1%}",
-        "network_error": f"{network_error:+.1%}",
-    }
 
 
 def main() -> None:
@@ -163,16 +147,18 @@ def main() -> None:
     rows = compare(profile.model, fit, held_out)
     print(about)
     print(f"error on the profile's own networks, left out one by one: {dict(profile.model.held_out_error)}")
+    print("  ".join(f"{name:>22}" for name in COLUMNS))
     for line in rows:
         print("  ".join(f"{value!s:>22}" for value in line.values()))
     name = f"this-cpu-{platform.machine()}-torch{torch.__version__.split('+')[0]}.csv"
     with (Path(__file__).parent / "results" / name).open("w", newline="") as file:
-        table = csv.DictWriter(file, rows[0].keys())
+        table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
         table.writerows(rows)
     if given.save:
-        write_measurements(fit, given.save / "fit.csv", source=about)
-        write_measurements(held_out, given.save / "held-out.csv", source=about)
+        source = f"benchmarks/this_cpu.py. {about} Layers by its profiler, networks by CPU time, float."
+        write_measurements(fit, given.save / "this_cpu_fit.csv", source=source)
+        write_measurements(held_out, given.save / "this_cpu_held_out.csv", source=source)
 
 
 if __name__ == "__main__":

@@ -320,16 +320,16 @@ def _faster_half(times: NDArray[np.float64]) -> NDArray[np.float64]:
 def _layer_events(profile: Path) -> tuple[list[list[float]], tuple[tuple[int, ...], ...]]:
     """Microseconds of every layer in every run, and the layers' windows."""
     runs: list[list[float]] = []
-    windows: list[tuple[int, ...]] = []
-    events = json.loads(profile.read_text(encoding="utf-8"))
-    for event in sorted(events, key=lambda e: e.get("ts", 0)):
-        if event.get("name") == "model_run":
-            runs.append([])
-        if event.get("cat") == "Node" and event["args"].get("op_name") in LAYER_OPERATORS and runs:
-            runs[-1].append(float(event["dur"]))
-            if len(runs) == 1:
-                windows.append(_window(event["args"]))
-    return runs, tuple(windows)
+    layers: list[Mapping[str, Any]] = []
+    # Events stand in the order in which they ended: a run's nodes, then the run itself.
+    for event in json.loads(profile.read_text(encoding="utf-8")):
+        if event.get("cat") == "Node" and event["args"].get("op_name") in LAYER_OPERATORS:
+            layers.append(event)
+        elif event.get("name") == "model_run":
+            runs.append([float(layer["dur"]) for layer in layers])
+            windows = tuple(_window(layer["args"]) for layer in layers)
+            layers = []
+    return runs, windows
 
 
 def _window(args: Mapping[str, Any]) -> tuple[int, ...]:

@@ -216,7 +216,7 @@ def _layer_entry(row: Mapping[str, Any]) -> Entry:
 
 
 def _block_entry(row: Mapping[str, Any]) -> Entry:
-    """The layers of one of ProxylessNAS' rows: a stem, a 1x1 convolution, the classifier, or an MBConv block."""
+    """The layers of a ProxylessNAS row: stem, 1x1 convolution, classifier, or inverted residual block."""
     source, target = _sizes(row, "input"), _sizes(row, "output")
     bits, latency = (FLOAT_BITS, FLOAT_BITS), _positive(row, "mean_ms")
     if row["op"] == "Logits":

@@ -1,31 +1,38 @@
-"""The cost model that needs no machine: multiply-accumulates, parameters, bit operations, weight bytes."""
+"""The cost model that needs no machine: multiply-accumulates, parameters, bit operations and bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.core.cost import Cost, Metric
 from autocompress.core.graph import LayerGraph, LayerSpec
+from autocompress.hardware_sim.table import Floats, LayerTable
 
 
 class MacsModel:
-    """Counts ``macs``, ``params``, ``bitops`` and ``weight_bytes`` of one sample.
+    """Counts ``macs``, ``params``, ``bitops``, ``weight_bytes`` and ``peak_memory_bytes`` of one sample.
 
     ``macs`` counts convolution and linear layers (1 MAC = 2 FLOPs). ``params`` counts every parameter of
     the network, also those of normalisation layers. ``weight_bytes`` is what the weights take when packed
-    at their bit-width, with every other parameter at 32 bits.
+    at their bit-width, with every other parameter at 32 bits. ``peak_memory_bytes`` is the most that the
+    input and the output of one layer take together, both at the layer's activation bits: the activation
+    memory of a chain run layer by layer. A graph does not say which other tensors are alive at that
+    moment, so a residual branch that waits for its addition is not counted.
     """
 
     name = "macs"
-    metrics: tuple[Metric, ...] = ("macs", "params", "bitops", "weight_bytes")
+    metrics: tuple[Metric, ...] = ("macs", "params", "bitops", "weight_bytes", "peak_memory_bytes")
 
     def __call__(self, graph: LayerGraph) -> Cost:
-        """The cost of one sample; every metric is additive but for parameters outside the layers."""
+        """The cost of one sample; the peak is a maximum over layers, every other metric a sum."""
         layers = {layer.name: _layer_cost(layer) for layer in graph.layers}
         totals = {metric: float(sum(cost[metric] for cost in layers.values())) for metric in self.metrics}
+        totals["peak_memory_bytes"] = max(
+            (cost["peak_memory_bytes"] for cost in layers.values()), default=0.0
+        )
         other = graph.other_params.at(graph.sizes)
         totals["params"] += other
         totals["weight_bytes"] += 4.0 * other
@@ -36,12 +43,42 @@ class MacsModel:
         costs = [self(graph) for graph in graphs]
         return {metric: np.array([cost[metric] for cost in costs]) for metric in self.metrics}
 
+    def price_plans(
+        self, graph: LayerGraph, **choices: Mapping[str, NDArray[np.int64]]
+    ) -> dict[Metric, Floats]:
+        """Totals of P variants of one graph; arguments as for :meth:`.LayerTable.of_plans`."""
+        table = LayerTable.of_plans(graph, **choices)
+        shape = (-1, len(graph.layers))
+        weights = table.kernel_weights * table.owns_weights
+        biases = table.bias * table.out_channels * table.owns_weights
+        values = table.in_channels * table.in_h * table.in_w + table.out_channels * table.out_h * table.out_w
+        sizes = {
+            name: np.asarray(size) for name, size in (graph.sizes | dict(choices.get("sizes", {}))).items()
+        }
+        other = np.asarray(graph.other_params.fixed)
+        for group, times in graph.other_params.terms:
+            other = other + times * sizes[group]
+
+        def total(per_layer: NDArray[np.int64] | Floats) -> Floats:
+            return np.asarray(per_layer.reshape(shape).sum(axis=1), dtype=np.float64)
+
+        return {
+            "macs": total(table.macs),
+            "params": total(weights + biases) + other,
+            "bitops": total(table.macs * table.weight_bits * table.act_bits),
+            "weight_bytes": total(weights * table.weight_bits / 8 + 4.0 * biases) + 4.0 * other,
+            "peak_memory_bytes": (values * table.act_bits / 8).reshape(shape).max(axis=1),
+        }
+
 
 def _layer_cost(layer: LayerSpec) -> dict[Metric, float]:
     biases = layer.num_params - layer.num_weights
+    inputs = layer.in_channels * layer.in_hw[0] * layer.in_hw[1]
+    outputs = layer.out_channels * layer.out_hw[0] * layer.out_hw[1]
     return {
         "macs": float(layer.macs),
         "params": float(layer.num_params),
         "bitops": float(layer.bitops),
         "weight_bytes": layer.num_weights * layer.bits.weight / 8 + 4.0 * biases,
+        "peak_memory_bytes": (inputs + outputs) * layer.bits.act / 8,
     }

@@ -47,7 +47,7 @@ class RowStationary(HardwareModel):
         activation_words, weight_words, sum_words: scratch pads of one element.
         sum_cycles: cycles an element spends to hand on one partial sum.
         buffer_kib: global buffer for activations and partial sums.
-        bank_kib: part of it that holds the activation strip of one image.
+        bank_kib: part of it that holds the activation strip of one image; the rest is for partial sums.
         buffer_bytes_per_cycle: reads and writes together.
         dram_mb_per_s: rate of the transfers that compute does not hide, in 10^6 bytes per second.
         zero_share: share of activations that are zero: they are skipped in the elements (energy, not time)

@@ -31,7 +31,7 @@ from autocompress.pipeline.profile_networks import measured_networks
 from autocompress.pipeline.progress import Event, OnEvent, silent
 
 NUM_NETWORKS, RUNS = 36, 25
-QUICK_NUM_NETWORKS, QUICK_RUNS = 12, 10
+QUICK_NUM_NETWORKS, QUICK_RUNS = 18, 10
 
 _FEWEST_NETWORKS = 3
 _FEWEST_ROWS = 6  # of one kind of layer at one precision
@@ -245,7 +245,7 @@ def describe_machine(*, threads: int) -> str:
 
     return (
         f"Measured on {_processor()} with {threads} thread{'s' if threads > 1 else ''} of ONNX Runtime "
-        f"{onnxruntime.__version__} on {time.strftime('%Y-%m-%d')}, batch 1, float and int8 (QDQ)."
+        f"{onnxruntime.__version__} on {time.strftime('%Y-%m-%d')}, at batch 1."
     )
 
 

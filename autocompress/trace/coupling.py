@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from autocompress.core.errors import UnsupportedModelError
 from autocompress.core.graph import ChannelGroup
 from autocompress.trace.layers import LAYERS
+from autocompress.trace.padding import map_channel_padding
 
 Side = Literal["in", "out"]
 
@@ -120,6 +121,7 @@ def _follow(
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
             warnings.simplefilter("ignore")
             dependency = tp.DependencyGraph().build_dependency(model, example_inputs=example, verbose=False)
+            map_channel_padding(dependency)
             recorder = _Recorder(model, dependency, classes)
             for name in dict.fromkeys(order):
                 module = modules[name]
@@ -170,8 +172,13 @@ class _Recorder:
             return
         outgoing = not isinstance(module, LAYERS) or self._dependency.is_out_channel_pruning_fn(handler)
         side: Side = "out" if outgoing else "in"
-        pairs = zip(positions, roots, strict=True)
-        self._classes.put((name, side), _channels(module, side), pairs)
+        channels = _channels(module, side)
+        if max(positions, default=0) >= channels:
+            self._lock(
+                roots, f"an operation before {name!r} changes the number of channels in a way not known"
+            )
+            return
+        self._classes.put((name, side), channels, zip(positions, roots, strict=True))
 
     def _lock(self, units: list[int], reason: str) -> None:
         for unit in units:
@@ -226,11 +233,12 @@ def _groups(
     groups: list[ChannelGroup] = []
     position: dict[int, tuple[int, int]] = {}
     for (signature, lock), units in sorted(members.items(), key=first):
-        sides = {side: _layers_in(signature, side, place, modules) for side in ("out", "in")}
-        name = _free_name((sides["out"] or sides["in"])[0], {group.name for group in groups})
+        producers = _layers_in(signature, "out", place, modules)
+        consumers = _layers_in(signature, "in", place, modules)
+        name = _free_name((producers or consumers)[0], {group.name for group in groups})
         position |= {unit: (len(groups), i) for i, unit in enumerate(units)}
-        reason = lock or _lock_at_the_ends(sides["out"], sides["in"])
-        groups.append(ChannelGroup(name, len(units), sides["out"], sides["in"], reason))
+        locked = lock or _lock_at_the_ends(producers, consumers)
+        groups.append(ChannelGroup(name, len(units), producers, consumers, locked))
     return groups, [_slot(key, owner, position, classes) for key, owner in classes.sides.items()]
 
 

@@ -179,6 +179,18 @@ def test_a_window_that_is_not_square_is_never_taken_for_a_square_one(own: Path) 
         Lookup("own", str(own)).layer_costs(LayerTable.of([skewed]))
 
 
+def test_very_large_layers_are_told_apart(tmp_path: Path) -> None:
+    sizes = (2_000_000, 2_000_001, 3_000_000)
+    rows = [f"{i},{o},1,1,1,{i},{o},32,32,{i + 2 * o}" for i in sizes for o in sizes]
+    path = tmp_path / "large.csv"
+    path.write_text(
+        "\n".join(["# source: made up", HEADER.removesuffix(",energy_mj"), *rows]), encoding="utf-8"
+    )
+    layers = [LayerSpec("x", "conv", i, o, in_hw=(i, o), out_hw=(i, o)) for i in sizes for o in sizes]
+    latency = Lookup("large", str(path)).layer_costs(LayerTable.of(layers)).latency_ms
+    assert latency.tolist() == [i + 2 * o for i in sizes for o in sizes]
+
+
 def test_another_batch_than_the_measured_one_is_an_error(own: Path) -> None:
     with pytest.raises(UnsupportedLayerError, match="measured with batch 1; ask for that, not 2"):
         Lookup("own", str(own), batch=2).layer_costs(LayerTable.of(OWN_LAYERS))
@@ -193,7 +205,7 @@ def test_regression_finds_a_power_law() -> None:
     assert fitted.predict(features) == pytest.approx(costs, rel=1e-6)
 
 
-def test_missing_phone_layers_are_regressed_within_40_percent_on_blocks_left_out(tmp_path: Path) -> None:
+def test_missing_phone_layers_are_regressed_within_15_percent_on_blocks_left_out(tmp_path: Path) -> None:
     lines = (GOLDEN / "proxylessnas_mobile.csv").read_text(encoding="utf-8").splitlines()
     kept = tmp_path / "kept.csv"
     kept.write_text(
@@ -206,7 +218,7 @@ def test_missing_phone_layers_are_regressed_within_40_percent_on_blocks_left_out
         costs = model.layer_costs(LayerTable.of(block))
         assert (costs.extra["measured"] == 0).all()
         errors.append(abs(costs.latency_ms.sum() / time - 1))
-    assert float(np.median(errors)) < 0.4
+    assert float(np.median(errors)) < 0.15
 
 
 @settings(max_examples=30, deadline=None)

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from networks import NETWORKS, TinyDenseNet, TinyInception, TinyResNet, TinyVGG, seeded
+from networks import NETWORKS, TinyDenseNet, TinyInception, TinyPadded, TinyResNet, TinyVGG, seeded
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autocompress.core.errors import UnsupportedModelError
 from autocompress.hardware_sim import MacsModel
 from autocompress.trace import Trace, keep_first, mask, measure, shrink, trace
+from autocompress.zoo import build
 
 SHAPE = (3, 16, 16)
 
@@ -25,13 +26,12 @@ def random_kept(traced: Trace, rng: np.random.Generator) -> dict[str, np.ndarray
     }
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_forty_random_plans_shrunk_equals_masked_and_predicted_equals_measured(kind: type[nn.Module]) -> None:
-    model = seeded(kind)
+def assert_laws_hold(model: nn.Module, shape: tuple[int, ...], num_plans: int) -> None:
+    """Shrunk = masked to 1e-5 and predicted = measured cost, for random plans."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    traced, rng = trace(model, SHAPE), np.random.default_rng(0)
-    images = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
-    for _ in range(40):
+    traced, rng = trace(model, shape), np.random.default_rng(0)
+    images = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
+    for _ in range(num_plans):
         kept = random_kept(traced, rng)
         small = shrink(model, traced, kept)
         with torch.no_grad():
@@ -42,9 +42,37 @@ def test_forty_random_plans_shrunk_equals_masked_and_predicted_equals_measured(k
             small(images[:1])
         assert counter.get_total_flops() == 2 * predicted["macs"]
         assert sum(p.numel() for p in small.parameters()) == predicted["params"]
-        assert measure(small, SHAPE) == {"macs": predicted["macs"], "params": predicted["params"]}
+        assert measure(small, shape) == {"macs": predicted["macs"], "params": predicted["params"]}
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)  # the input is never changed
+
+
+@pytest.mark.parametrize("kind", [*NETWORKS, TinyPadded])
+def test_random_plans_shrunk_equals_masked_and_predicted_equals_measured(kind: type[nn.Module]) -> None:
+    assert_laws_hold(seeded(kind), SHAPE, num_plans=25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*NETWORKS, TinyPadded])
+def test_two_hundred_random_plans_of_every_kind_of_coupling(kind: type[nn.Module]) -> None:
+    assert_laws_hold(seeded(kind), SHAPE, num_plans=200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vgg16", "resnet20", "resnet56", "mobilenet_v1", "mobilenet_v2"])
+def test_two_hundred_random_plans_of_the_networks_for_small_images(name: str) -> None:
+    model = build(name, num_classes=10)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    assert_laws_hold(model.eval(), (3, 32, 32), num_plans=200)
+
+
+def test_padded_shortcuts_tie_stages_together_and_lock_what_the_padding_adds() -> None:
+    graph = trace(seeded(TinyPadded), SHAPE).graph
+    group = graph.group("stem.0")
+    assert (group.size, group.locked, group.producers) == (16, None, ("stem.0", "first.0", "second.0"))
+    assert "does not run" in str(graph.group("first.0").locked)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
