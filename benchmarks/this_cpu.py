@@ -89,7 +89,8 @@ def roofline(table: LayerTable, measured_ms: Floats) -> Predictor:
         rate = np.where(table.depthwise, depthwise, dense) * 1e6
         values = table.kernel_weights + table.in_channels * table.in_h * table.in_w
         moved = 4.0 * (values + table.out_channels * table.out_h * table.out_w)
-        return np.asarray(np.maximum(table.macs / rate, moved / (gb_per_s * 1e6)) + us * 1e-3)
+        slowest = np.maximum(table.macs / rate, moved / (gb_per_s * 1e6))
+        return np.asarray(slowest + us * 1e-3, dtype=np.float64)
 
     def error(logs: Floats) -> float:
         return float(np.abs(np.log(predict(table, logs) / measured_ms)).mean())
@@ -100,7 +101,7 @@ def roofline(table: LayerTable, measured_ms: Floats) -> Predictor:
 
 def proportional(table: LayerTable, measured_ms: Floats) -> Predictor:
     ms_per_mac = float(np.median(measured_ms / table.macs))
-    return lambda table: table.macs * ms_per_mac
+    return lambda table: np.asarray(table.macs * ms_per_mac, dtype=np.float64)
 
 
 def predictors(model: Measured, fit: Measurements) -> dict[str, Predictor]:

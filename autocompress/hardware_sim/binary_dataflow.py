@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from autocompress.core.cost import Cost, Metric
 from autocompress.core.errors import InfeasibleBudgetError
 from autocompress.core.graph import LayerGraph
-from autocompress.hardware_sim.model import HardwareModel, LayerCosts, UnsupportedLayerError
+from autocompress.hardware_sim.model import HardwareModel, LayerCosts, UnsupportedLayerError, refuse
 from autocompress.hardware_sim.table import Floats, Ints, LayerTable
 
 MAX_ACT_BITS = 8
@@ -244,14 +244,11 @@ def _lane_options(dot_length: int, out_channels: int) -> tuple[Ints, list[tuple[
 
 
 def _check(table: LayerTable) -> None:
-    rules = [
-        (table.weight_bits != 1, "weights must have 1 bit", table.weight_bits),
-        (table.act_bits > MAX_ACT_BITS, f"activations must have 1 to {MAX_ACT_BITS} bits", table.act_bits),
-        (table.transposed == 1, "transposed convolutions are not mapped; transposed", table.transposed),
-    ]
-    faults = [f"layer {i}: {rule}, got {v[i]}" for bad, rule, v in rules for i in np.flatnonzero(bad)]
-    if faults:
-        raise UnsupportedLayerError("\n".join(faults))
+    refuse(
+        (table.weight_bits != 1, "weights must have 1 bit"),
+        (table.act_bits > MAX_ACT_BITS, f"activations must have 1 to {MAX_ACT_BITS} bits"),
+        (table.transposed == 1, "transposed convolutions are not mapped"),
+    )
 
 
 def _ceil(value: Ints | np.int64, divisor: Ints) -> Ints:

@@ -16,7 +16,7 @@ from autocompress.hardware_sim.bit_fusion_schedule import (
     best_schedules,
     smallest_tile,
 )
-from autocompress.hardware_sim.model import HardwareModel, LayerCosts, UnsupportedLayerError
+from autocompress.hardware_sim.model import HardwareModel, LayerCosts, refuse
 from autocompress.hardware_sim.table import Floats, Ints, LayerTable
 
 _BITS_PER_KIB = 8 * 1024
@@ -58,6 +58,7 @@ class BitFusion(HardwareModel):
 
     kind: ClassVar[str] = "bit_fusion"
     metrics: ClassVar[tuple[Metric, ...]] = ("latency_ms", "energy_mj")
+    plans_at_once: ClassVar[int] = 50_000  # plans share layer shapes, and each shape is searched once
     mapping: ClassVar[str] = (
         "input channels along rows, output channels along columns, output stationary; "
         "power-of-two tiles in double buffers, best of six loop orders"
@@ -171,19 +172,17 @@ class BitFusion(HardwareModel):
         tiles = smallest_tile(layers, self._array)
         too_big = [bits > kib * _BITS_PER_KIB / 2 for bits, kib in zip(tiles, limits, strict=True)]
         wide = np.maximum(table.weight_bits, table.act_bits) > self.max_bits
-        rules = (
-            (wide, f"multiplies integers of 1 to {self.max_bits} bits; give the layer bits (32 is float)"),
-            (table.transposed == 1, "has no schedule for a transposed convolution"),
-            (np.any(too_big, axis=0)[inverse] & ~wide, "cannot hold one window in half a buffer; enlarge it"),
+        refuse(
+            (
+                wide,
+                f"{self.name} multiplies integers of 1 to {self.max_bits} bits; give the layer bits",
+            ),
+            (table.transposed == 1, f"{self.name} has no schedule for a transposed convolution"),
+            (
+                np.any(too_big, axis=0)[inverse] & ~wide,
+                f"{self.name} cannot hold one window in half a buffer; enlarge it",
+            ),
         )
-        faults = [f"layers {_listed(broken)}: {self.name} {rule}" for broken, rule in rules if broken.any()]
-        if faults:
-            raise UnsupportedLayerError("\n".join(faults))
-
-
-def _listed(broken: NDArray[np.bool_]) -> str:
-    indices = np.flatnonzero(broken)
-    return ", ".join(map(str, indices[:100])) + (", ..." if len(indices) > 100 else "")
 
 
 def _distinct_rows(table: LayerTable) -> tuple[Ints, NDArray[np.int64]]:

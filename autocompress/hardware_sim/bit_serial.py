@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.core.cost import Metric
-from autocompress.hardware_sim.model import HardwareModel, LayerCosts, UnsupportedLayerError
+from autocompress.hardware_sim.model import HardwareModel, LayerCosts, refuse
 from autocompress.hardware_sim.table import Floats, LayerTable
 
 # BISMO.scala estimateResources: one dot-product unit takes 1.17 LUTs per bit of its width and 44.1 more,
@@ -153,21 +153,6 @@ class BitSerial(HardwareModel):
 
     def _check(self, table: LayerTable) -> None:
         wide = np.maximum(table.weight_bits, table.act_bits) > self.max_bits
-        faults = [
-            f"layers {_listed(broken)}: {self.name} {rule}"
-            for broken, rule in (
-                (
-                    wide,
-                    f"multiplies integers of 1 to {self.max_bits} bits; give the layer bits (32 is float)",
-                ),
-                (table.transposed == 1, "has no mapping for a transposed convolution"),
-            )
-            if broken.any()
-        ]
-        if faults:
-            raise UnsupportedLayerError("\n".join(faults))
-
-
-def _listed(broken: NDArray[np.bool_]) -> str:
-    indices = np.flatnonzero(broken)
-    return ", ".join(map(str, indices[:100])) + (", ..." if len(indices) > 100 else "")
+        limit = f"{self.name} multiplies integers of 1 to {self.max_bits} bits; give the layer bits"
+        transposed = f"{self.name} has no mapping for a transposed convolution"
+        refuse((wide, limit), (table.transposed == 1, transposed))

@@ -10,7 +10,7 @@ import numpy as np
 
 from autocompress.core.cost import Cost, Metric
 from autocompress.hardware_sim.energy import HOROWITZ, mac_pj
-from autocompress.hardware_sim.model import HardwareModel, LayerCosts, UnsupportedLayerError
+from autocompress.hardware_sim.model import HardwareModel, LayerCosts, refuse
 from autocompress.hardware_sim.table import Floats, Ints, LayerTable
 
 TEMPLATE_SIDE = 3
@@ -117,17 +117,12 @@ class CellularNetwork(HardwareModel):
         return np.asarray(np.where(table.linear == 1, 1.0, used / np.maximum(cells, 1)))
 
     def _check(self, table: LayerTable) -> None:
-        faults = [
-            f"layer {i}: {what} must have 1 to {self.widest_bits} bits on {self.name}, got {bits[i]}; "
-            "give the layer bits"
-            for what, bits in (("weights", table.weight_bits), ("activations", table.act_bits))
-            for i in np.flatnonzero(bits > self.widest_bits)
-        ]
-        faults += [
-            f"layer {i}: transposed convolutions have no template" for i in np.flatnonzero(table.transposed)
-        ]
-        if faults:
-            raise UnsupportedLayerError("\n".join(faults))
+        limit = f"1 to {self.widest_bits} bits on {self.name}; give the layer bits"
+        refuse(
+            (table.weight_bits > self.widest_bits, f"weights must have {limit}"),
+            (table.act_bits > self.widest_bits, f"activations must have {limit}"),
+            (table.transposed == 1, "transposed convolutions have no template"),
+        )
 
 
 def settling_time_ns(tau_ns: float, bits: Ints) -> Floats:

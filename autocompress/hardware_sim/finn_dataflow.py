@@ -19,7 +19,7 @@ from autocompress.hardware_sim.finn_folding import (
     fastest_within,
     stage_costs,
 )
-from autocompress.hardware_sim.model import HardwareModel, LayerCosts, UnsupportedLayerError
+from autocompress.hardware_sim.model import HardwareModel, LayerCosts, refuse
 from autocompress.hardware_sim.table import Floats, Ints, LayerTable
 
 MAX_BITS = 8
@@ -244,23 +244,16 @@ class FinnDataflow(HardwareModel):
 
     def _check(self, table: LayerTable) -> None:
         """Refuse what FINN has no unit for."""
-        bits = np.stack([table.weight_bits, table.act_bits])
-        rules = [
-            (bits[0] > MAX_BITS, f"weights must have 1 to {MAX_BITS} bits; give the layer bits", bits[0]),
-            (bits[1] > MAX_BITS, f"activations must have 1 to {MAX_BITS} bits; give the layer bits", bits[1]),
+        depthwise = (table.groups == table.in_channels) & (table.in_channels == table.out_channels)
+        refuse(
+            (table.weight_bits > MAX_BITS, f"weights must have 1 to {MAX_BITS} bits; give the layer bits"),
+            (table.act_bits > MAX_BITS, f"activations must have 1 to {MAX_BITS} bits; give the layer bits"),
             (
-                (table.groups > 1)
-                & ~((table.groups == table.in_channels) & (table.in_channels == table.out_channels)),
-                "grouped convolutions must be depthwise with as many outputs as inputs; groups",
-                table.groups,
+                (table.groups > 1) & ~depthwise,
+                "grouped convolutions must be depthwise with as many outputs as inputs",
             ),
-            (table.transposed == 1, "transposed convolutions have no streaming unit here", table.transposed),
-        ]
-        faults = [
-            f"layer {i}: {rule} (got {values[i]})" for bad, rule, values in rules for i in np.flatnonzero(bad)
-        ]
-        if faults:
-            raise UnsupportedLayerError("\n".join(faults))
+            (table.transposed == 1, "transposed convolutions have no streaming unit here"),
+        )
 
 
 def _ladder() -> Ints:

@@ -224,6 +224,8 @@ def _block_entry(row: Mapping[str, Any]) -> Entry:
     if len(source) != 3 or len(target) != 3:
         raise ValueError(f"input and output must be HxWxC, got {row['input']} and {row['output']}")
     height, width, channels = source
+    if target[0] > height:
+        raise ValueError(f"output must not be larger than input, got {row['input']} and {row['output']}")
     stride, out = height // target[0], target[2]
     if row["op"] in ("Conv", "Conv_1"):
         kernel = 3 if row["op"] == "Conv" else 1

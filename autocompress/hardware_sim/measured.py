@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.core.cost import Metric
-from autocompress.hardware_sim.model import HardwareModel, LayerCosts, UnsupportedLayerError
+from autocompress.hardware_sim.model import HardwareModel, LayerCosts, refuse
 from autocompress.hardware_sim.table import Floats, Ints, LayerTable
 
 KINDS = ("dense", "pointwise", "depthwise", "grouped", "linear")
@@ -176,22 +176,21 @@ class Measured(HardwareModel):
         return total
 
     def _check(self, table: LayerTable, needed: Ints) -> None:
-        faults = []
         kind = kinds(table)
-        for i in np.flatnonzero(table.transposed == 1):
-            faults.append(f"layer {i}: transposed convolutions were not measured on {self.name}")
         known = {
             name: max((b for b, cells in self.ns_per.items() if name in cells), default=0) for name in KINDS
         }
-        widest = np.array([known[str(name)] for name in kind], dtype=np.int64)
-        for i in np.flatnonzero((needed > widest) & (table.transposed == 0)):
-            measured = f"up to {widest[i]} bits" if widest[i] else "not at all"
-            faults.append(
-                f"layer {i}: {kind[i]} layers were measured {measured} on {self.name}, "
-                f"it needs {needed[i]} bits; give it fewer bits or profile again with such layers"
-            )
-        if faults:
-            raise UnsupportedLayerError("\n".join(faults))
+        refuse(
+            (table.transposed == 1, f"transposed convolutions were not measured on {self.name}"),
+            *(
+                (
+                    (kind == name) & (needed > widest) & (table.transposed == 0),
+                    f"{name} layers were measured {f'up to {widest} bits' if widest else 'not at all'} on "
+                    f"{self.name}; give them fewer bits or profile again with such layers",
+                )
+                for name, widest in known.items()
+            ),
+        )
 
 
 def _smallest_part(table: LayerTable) -> LayerTable:

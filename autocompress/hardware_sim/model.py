@@ -20,12 +20,39 @@ from autocompress.core.errors import AutocompressError
 from autocompress.core.graph import LayerGraph
 from autocompress.hardware_sim.table import Floats, LayerTable
 
-
-PLANS_AT_ONCE = 2000
+LISTED = 20
 
 
 class UnsupportedLayerError(AutocompressError):
-    """A target cannot run a layer: its kind, its bits or its size; every fault is listed."""
+    """A target cannot run some layers: their kind, bits or size; every fault is listed.
+
+    Args:
+        faults: pairs of the layers' indices and the rule they break, or a text about the whole network.
+        names: what the layers are called; their indices when absent.
+    """
+
+    def __init__(self, faults: Sequence[tuple[Sequence[int], str]] | str, names: Sequence[str] = ()) -> None:
+        self.faults = () if isinstance(faults, str) else tuple(faults)
+        lines = [faults] if isinstance(faults, str) else []
+        for indices, rule in self.faults:
+            shown = [names[i] if names else str(i) for i in indices[:LISTED]]
+            more = f", ... ({len(indices)} in all)" if len(indices) > LISTED else ""
+            lines.append(f"{'layer' if len(indices) == 1 else 'layers'} {', '.join(shown)}{more}: {rule}")
+        super().__init__("\n".join(lines))
+
+
+def refuse(*rules: tuple[NDArray[np.bool_], str]) -> None:
+    """Check layers against rules.
+
+    Args:
+        rules: pairs of a bool array of shape (N,), true where the rule is broken, and the rule in words.
+
+    Raises:
+        UnsupportedLayerError: some layer breaks a rule; lists every fault.
+    """
+    faults = [(np.flatnonzero(broken).tolist(), rule) for broken, rule in rules if broken.any()]
+    if faults:
+        raise UnsupportedLayerError(faults)
 
 
 @dataclass(frozen=True)
@@ -60,6 +87,7 @@ class HardwareModel(ABC):
         energy_table: which constants the energy comes from, in words; energies of different tables must not
             be compared.
         additive: whether latency and energy of a network are the sums over its layers.
+        plans_at_once: plans priced together, so that arrays stay in the processor's cache.
         name: of the target.
         batch: samples priced together; figures are per sample.
     """
@@ -69,6 +97,7 @@ class HardwareModel(ABC):
     mapping: ClassVar[str]
     energy_table: ClassVar[str] = "none"
     additive: ClassVar[bool] = True
+    plans_at_once: ClassVar[int] = 2000
     name: str
     batch: int
 
@@ -96,7 +125,12 @@ class HardwareModel(ABC):
 
     def __call__(self, graph: LayerGraph) -> Cost:
         """The cost of one network, with the share of every layer."""
-        costs = self.layer_costs(LayerTable.of(graph.layers))
+        try:
+            costs = self.layer_costs(LayerTable.of(graph.layers))
+        except UnsupportedLayerError as fault:
+            if not fault.faults:
+                raise
+            raise UnsupportedLayerError(fault.faults, [layer.name for layer in graph.layers]) from None
         totals = {metric: float(v[0]) for metric, v in self.totals(costs, len(graph.layers)).items()}
         picojoules = sum(costs.energy_pj.values()) if costs.energy_pj else None
         layers: dict[str, dict[Metric, float]] = {}
@@ -114,15 +148,12 @@ class HardwareModel(ABC):
     def price_plans(
         self, graph: LayerGraph, **choices: Mapping[str, NDArray[np.int64]]
     ) -> dict[Metric, Floats]:
-        """Totals of P variants of one graph; arguments as for :meth:`LayerTable.of_plans`.
-
-        Plans are priced some hundreds at a time, so that the arrays stay in the processor's cache.
-        """
+        """Totals of P variants of one graph; arguments as for :meth:`LayerTable.of_plans`."""
         num_plans = next((len(v) for group in choices.values() for v in group.values()), 1)
         parts = []
-        for start in range(0, num_plans, PLANS_AT_ONCE):
+        for start in range(0, num_plans, self.plans_at_once):
             part = {
-                kind: {name: values[start : start + PLANS_AT_ONCE] for name, values in group.items()}
+                kind: {name: values[start : start + self.plans_at_once] for name, values in group.items()}
                 for kind, group in choices.items()
             }
             table = LayerTable.of_plans(graph, **part)

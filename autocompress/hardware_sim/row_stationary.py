@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autocompress.core.cost import Metric
-from autocompress.hardware_sim.model import HardwareModel, LayerCosts, UnsupportedLayerError
+from autocompress.hardware_sim.model import HardwareModel, LayerCosts, refuse
 from autocompress.hardware_sim.table import Floats, Ints, LayerTable
 
 # Energy of one access relative to one MAC: Y.-H. Chen et al., ISCA 2016, table IV, commercial 65 nm process.
@@ -184,10 +183,9 @@ class RowStationary(HardwareModel):
         limit = (
             f"{self.name} computes integers of 1 to {self.word_bits} bits; give the layer bits (32 is float)"
         )
-        faults = _faults(wide, limit)
-        faults += _faults(table.transposed == 1, "a transposed convolution has no row-stationary mapping")
-        if faults:
-            raise UnsupportedLayerError("\n".join(faults))
+        refuse(
+            (wide, limit), (table.transposed == 1, "a transposed convolution has no row-stationary mapping")
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,11 +240,3 @@ class _Shape:
 
 def _ceil(a: Ints, b: Ints | int) -> Ints:
     return -(-a // b)
-
-
-def _faults(broken: NDArray[np.bool_], rule: str) -> list[str]:
-    indices = np.flatnonzero(broken)
-    if not len(indices):
-        return []
-    shown = ", ".join(map(str, indices[:100])) + (", ..." if len(indices) > 100 else "")
-    return [f"layers {shown}: {rule}"]

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autocompress.core.cost import Metric
 from autocompress.hardware_sim.energy import HOROWITZ, mac_pj
-from autocompress.hardware_sim.model import HardwareModel, LayerCosts, UnsupportedLayerError
+from autocompress.hardware_sim.model import HardwareModel, LayerCosts, refuse
 from autocompress.hardware_sim.table import Ints, LayerTable
 
 DATAFLOWS = ("ws", "os", "is")
@@ -271,23 +270,9 @@ class Systolic(HardwareModel):
 
     def _check(self, table: LayerTable) -> None:
         wide = np.maximum(table.weight_bits, table.act_bits) > self.native_bits
-        faults = _faults(
-            f"{self.name} multiplies integers of 1 to {self.native_bits} bits; give the layer bits "
-            "(32 means floating point)",
-            wide,
-        )
-        faults += _faults("a transposed convolution has no im2col mapping here", table.transposed == 1)
-        if faults:
-            raise UnsupportedLayerError("\n".join(faults))
+        limit = f"{self.name} multiplies integers of 1 to {self.native_bits} bits; give the layer bits"
+        refuse((wide, limit), (table.transposed == 1, "a transposed convolution has no im2col mapping here"))
 
 
 def _ceil(a: Ints, b: Ints | int) -> Ints:
     return -(-a // b)
-
-
-def _faults(rule: str, broken: NDArray[np.bool_]) -> list[str]:
-    indices = np.flatnonzero(broken)
-    if not len(indices):
-        return []
-    listed = ", ".join(map(str, indices[:100])) + (", ..." if len(indices) > 100 else "")
-    return [f"layers {listed}: {rule}"]

@@ -26,7 +26,7 @@ def map_channel_padding(dependency: Any) -> None:
             return int(infer_out_channels_recursively(dependency, layer.source, [0]))
 
         def get_out_channels(self, layer: Any) -> int:
-            return self.get_in_channels(layer) + sum(layer.pad)
+            return self.get_in_channels(layer) + int(sum(layer.pad))
 
     paddings = [node for node in dependency.module2node.values() if _channel_pad(node.grad_fn)]
     if not paddings:

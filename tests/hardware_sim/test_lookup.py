@@ -271,6 +271,26 @@ def test_every_wrong_row_is_named(tmp_path: Path) -> None:
     ]
 
 
+def test_every_wrong_block_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "blocks.csv"
+    rows = [
+        "Conv,7x7x3,14x14x8,,,,1",
+        "Pool,7x7x3,7x7x3,,,,1",
+        "Conv,7x7,7x7x8,,,,1",
+        "Conv,7xAx3,7x7x8,,,,1",
+    ]
+    header = "op,input,output,expand,kernel,stride,mean_ms"
+    path.write_text("\n".join(["# source: made up", header, *rows]), encoding="utf-8")
+    with pytest.raises(ValueError, match="row") as caught:
+        read_table(path)
+    assert [line.removeprefix(f"{path}: ") for line in str(caught.value).splitlines()] == [
+        "row 1: output must not be larger than input, got 7x7x3 and 14x14x8",
+        "row 2: op must be Conv, Conv_1, Logits or expanded_conv, got 'Pool'",
+        "row 3: input and output must be HxWxC, got 7x7 and 7x7x8",
+        "row 4: input must be HxWxC or C, got '7xAx3'",
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
