@@ -37,7 +37,7 @@ class UnsupportedLayerError(AutocompressError):
         for indices, rule in self.faults:
             shown = [names[i] if names else str(i) for i in indices[:LISTED]]
             more = f", ... ({len(indices)} in all)" if len(indices) > LISTED else ""
-            lines.append(f"{'layer' if len(indices) == 1 else 'layers'} {', '.join(shown)}{more}: {rule}")
+            lines.append(f"layers {', '.join(shown)}{more}: {rule}")
         super().__init__("\n".join(lines))
 
 

@@ -231,9 +231,9 @@ def test_every_layer_that_is_not_binary_is_named() -> None:
     with pytest.raises(UnsupportedLayerError) as caught:
         load_target("binary-virtex7-690t")(LayerGraph(layers))
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
-        "layer 0",
-        "layer 0",
-        "layer 1",
+        "layers conv0",
+        "layers conv0",
+        "layers conv1",
     ]
 
 

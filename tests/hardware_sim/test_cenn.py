@@ -149,9 +149,9 @@ def test_every_layer_the_circuit_cannot_run_is_named() -> None:
     with pytest.raises(UnsupportedLayerError) as caught:
         load_target("cenn-illustrative")(LayerGraph(layers))
     text = str(caught.value)
-    assert "layer 0: weights" in text
-    assert "layer 0: activations" in text
-    assert "layer 1: transposed" in text
+    assert "layers a: weights" in text
+    assert "layers a: activations" in text
+    assert "layers b: transposed" in text
 
 
 def test_every_constant_of_the_preset_says_it_is_illustrative() -> None:

@@ -171,8 +171,8 @@ def test_every_layer_that_was_not_measured_is_named_at_once() -> None:
     layers = [conv(8, 8), linear(8, 8), replace(conv(8, 8), transposed=True)]
     with pytest.raises(UnsupportedLayerError) as caught:
         machine().layer_costs(LayerTable.of(layers))
-    assert "layer 1: linear layers were measured not at all" in str(caught.value)
-    assert "layer 2: transposed" in str(caught.value)
+    assert "layers 1: linear layers were measured not at all" in str(caught.value)
+    assert "layers 2: transposed" in str(caught.value)
     int8 = machine(ns_per={8: {"dense": {}}}, between_ns_per={8: {}}, held_out_error={8: {}})
     with pytest.raises(UnsupportedLayerError, match="up to 8 bits on toy, it needs 32 bits; give it fewer"):
         int8.layer_costs(LayerTable.of([conv(8, 8)]))
