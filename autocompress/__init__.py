@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autocompress.core import Bits, Budget, Cost, Knob, LayerGraph, Plan, Problem, Result
+    from autocompress.hardware_sim import load_target
     from autocompress.pipeline import Recipe, compress, load_compressed, run_recipe
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "autocompress.core": ("Bits", "Budget", "Cost", "Knob", "LayerGraph", "Plan", "Problem", "Result"),
+    "autocompress.hardware_sim": ("load_target",),
     "autocompress.pipeline": ("Recipe", "compress", "load_compressed", "run_recipe"),
 }
 
@@ -28,6 +30,7 @@ __all__ = [
     "Result",
     "compress",
     "load_compressed",
+    "load_target",
     "run_recipe",
 ]
 

@@ -142,6 +142,10 @@ class HardwareModel(ABC):
 
     def price_many(self, graphs: Sequence[LayerGraph]) -> dict[Metric, Floats]:
         """Totals of many graphs: metric -> array of shape (len(graphs),)."""
+        lengths = {len(graph.layers) for graph in graphs}
+        if self.additive and len(lengths) == 1:
+            table = LayerTable.of([layer for graph in graphs for layer in graph.layers])
+            return self.totals(self.layer_costs(table), lengths.pop())
         priced = [self(graph) for graph in graphs]
         return {m: np.array([cost[m] for cost in priced]) for m in (priced[0].totals if priced else ())}
 

@@ -32,6 +32,8 @@ MODELS: dict[str, str] = {
 
 FOLDER = Path(__file__).resolve().parent / "targets"
 MAX_BYTES = 1_000_000
+MEASURED = "this-cpu"
+"""The target that is not shipped but measured, by ``autocompress profile``."""
 
 
 class TargetError(AutocompressError):
@@ -51,7 +53,7 @@ def load_target(name_or_path: str | Path, *, batch: int = 1) -> HardwareModel:
     """The cost model of a machine.
 
     Args:
-        name_or_path: a bundled target's name, or a YAML file.
+        name_or_path: a YAML file, the name of one in the working directory, or a bundled target's name.
         batch: samples priced together; figures are per sample.
 
     Raises:
@@ -62,16 +64,25 @@ def load_target(name_or_path: str | Path, *, batch: int = 1) -> HardwareModel:
         >>> load_target("systolic-16x16").kind
         'systolic'
     """
-    path = Path(name_or_path)
-    if not path.is_file():
-        known = {file.stem: file for file in bundled_targets()}
-        if str(name_or_path) not in known:
-            hint = _did_you_mean(str(name_or_path), list(known))
-            raise TargetError([f"no target {str(name_or_path)!r}{hint}; bundled are {', '.join(known)}"])
-        path = known[str(name_or_path)]
     if batch < 1:
         raise TargetError([f"batch must be >= 1, got {batch}"])
+    path = _find(str(name_or_path))
     return replace(parse_target(_read(path), source=str(path)), batch=batch)  # type: ignore[type-var]
+
+
+def _find(name: str) -> Path:
+    """A file, a target measured into the working directory, or a bundled one."""
+    for path in (Path(name), Path(f"{name}.yaml"), FOLDER / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    if name == MEASURED:
+        raise TargetError(
+            [
+                f"no {MEASURED}.yaml here: every machine measures its own with `autocompress profile` (a minute)"
+            ]
+        )
+    known = [file.stem for file in bundled_targets()]
+    raise TargetError([f"no target {name!r}{_did_you_mean(name, known)}; bundled are {', '.join(known)}"])
 
 
 def parse_target(data: Any, *, source: str) -> HardwareModel:

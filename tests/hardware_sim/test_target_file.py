@@ -211,3 +211,12 @@ def test_a_bundled_target_prices_a_plain_and_a_depthwise_network_or_names_the_la
     for cost in priced:
         assert cost["latency_ms"] > 0
         assert all(math.isfinite(cost[metric]) and cost[metric] >= 0 for metric in machine.metrics)
+
+
+def test_this_cpu_is_measured_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TargetError, match="autocompress profile"):
+        load_target("this-cpu")
+    shipped = next(path for path in bundled_targets() if path.stem == "xeon-amx")
+    (tmp_path / "this-cpu.yaml").write_text(shipped.read_text())
+    assert load_target("this-cpu").kind == "measured"

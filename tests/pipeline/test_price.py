@@ -47,7 +47,7 @@ def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, 
 def test_totals_are_those_of_the_machine_and_layers_add_up_to_them(graph: LayerGraph) -> None:
     eight = changed_graph(graph, bits="8")
     for one, name in zip(
-        price(eight, ["this-cpu", "systolic-16x16"]), ("this-cpu", "systolic-16x16"), strict=True
+        price(eight, ["xeon-amx", "systolic-16x16"]), ("xeon-amx", "systolic-16x16"), strict=True
     ):
         assert one.totals == load_target(name)(eight).totals
         layers = [one.layer(i) for i in range(len(graph.layers))]
@@ -93,11 +93,11 @@ def test_plans_that_do_not_fit_are_refused(graph: LayerGraph, tmp_path: Path) ->
 
 
 def test_csv_and_json_hold_every_layer_of_every_machine(graph: LayerGraph) -> None:
-    priced = price(changed_graph(graph, bits="8"), ["this-cpu", "bitfusion"], batch=4)
+    priced = price(changed_graph(graph, bits="8"), ["xeon-amx", "bitfusion"], batch=4)
     rows = list(csv.DictReader(io.StringIO(as_csv(priced))))
     names = [layer.name for layer in graph.layers]
     assert [(row["target"], row["layer"]) for row in rows] == [
-        (target, layer) for target in ("this-cpu", "bitfusion") for layer in [*names, "total"]
+        (target, layer) for target in ("xeon-amx", "bitfusion") for layer in [*names, "total"]
     ]
     data = json.loads(as_json(priced))
     for one, entry in zip(priced, data, strict=True):
@@ -111,24 +111,24 @@ def test_csv_and_json_hold_every_layer_of_every_machine(graph: LayerGraph) -> No
 
 
 def test_tables_have_a_text_for_every_heading(graph: LayerGraph) -> None:
-    priced = price(changed_graph(graph, bits="8"), ["this-cpu", "bitfusion", "systolic-16x16"])
+    priced = price(changed_graph(graph, bits="8"), ["xeon-amx", "bitfusion", "systolic-16x16"])
     for headings, body in [*(table_of(one) for one in priced), totals_of(priced)]:
         assert {len(row) for row in body} == {len(headings)}
     headings, body = totals_of(priced)
-    assert headings[1:] == ["this-cpu", "bitfusion", "systolic-16x16"]
+    assert headings[1:] == ["xeon-amx", "bitfusion", "systolic-16x16"]
     energy = next(row for row in body if row[0] == "energy_mj")
     assert energy[1] == "-"
     assert energy[2] == f"{priced[1].totals['energy_mj']:,.4g}"
 
 
 def test_charts_are_svg_with_a_mark_per_layer_or_machine(graph: LayerGraph) -> None:
-    priced = price(changed_graph(graph, bits="8"), ["this-cpu", "bitfusion"])
+    priced = price(changed_graph(graph, bits="8"), ["xeon-amx", "bitfusion"])
     alone = ElementTree.fromstring(chart(priced[:1]))
     assert len(alone.findall("{*}g")) == len(graph.layers)
     together = ElementTree.fromstring(chart(priced))
     assert len(together.findall("{*}polyline")) == 2
     texts = [text.text for text in together.findall("{*}text")]
-    assert {"this-cpu", "bitfusion"} <= set(texts)
+    assert {"xeon-amx", "bitfusion"} <= set(texts)
 
 
 def test_the_command_writes_tables_csv_json_and_a_plot(
@@ -145,15 +145,15 @@ def test_the_command_writes_tables_csv_json_and_a_plot(
         "--bits",
         "8",
         "--target",
-        "this-cpu",
+        "xeon-amx",
     )
     code, text, _ = command(capsys, *words, "--compare", "bitfusion", "--plot", "p.svg")
     assert code == 0
-    assert "this-cpu" in text
+    assert "xeon-amx" in text
     assert "bitfusion" in text
     assert Path("p.svg").read_text().startswith("<svg")
     code, text, _ = command(capsys, *words, "--format", "json")
-    assert (code, json.loads(text)[0]["target"]) == (0, "this-cpu")
+    assert (code, json.loads(text)[0]["target"]) == (0, "xeon-amx")
     code, text, _ = command(capsys, *words, "--format", "csv")
     assert (code, text.splitlines()[0].split(",")[:2]) == (0, ["target", "layer"])
 
@@ -162,12 +162,12 @@ def test_the_command_writes_tables_csv_json_and_a_plot(
     ("words", "message"),
     [
         ((), "name a target"),
-        (("--target", "this-cp"), "did you mean 'this-cpu'?"),
-        (("--target", "this-cpu", "--batch", "0"), "batch must be >= 1"),
+        (("--target", "xeon-am"), "did you mean 'xeon-amx'?"),
+        (("--target", "xeon-amx", "--batch", "0"), "batch must be >= 1"),
         (("--target", "bitfusion"), "give the layer bits"),
-        (("--target", "this-cpu", "--bits", "99"), "bits must be"),
-        (("--target", "this-cpu", "--plan", "none.json"), "cannot be applied"),
-        (("--target", "this-cpu", "--plot", "missing/p.svg"), "cannot write"),
+        (("--target", "xeon-amx", "--bits", "99"), "bits must be"),
+        (("--target", "xeon-amx", "--plan", "none.json"), "cannot be applied"),
+        (("--target", "xeon-amx", "--plot", "missing/p.svg"), "cannot write"),
     ],
 )
 def test_wrong_arguments_end_with_code_2_and_one_message(
