@@ -77,9 +77,7 @@ def _find(name: str) -> Path:
             return path
     if name == MEASURED:
         raise TargetError(
-            [
-                f"no {MEASURED}.yaml here: every machine measures its own with `autocompress profile` (a minute)"
-            ]
+            [f"no {MEASURED}.yaml here: every machine measures its own; run `autocompress profile`"]
         )
     known = [file.stem for file in bundled_targets()]
     raise TargetError([f"no target {name!r}{_did_you_mean(name, known)}; bundled are {', '.join(known)}"])

@@ -57,6 +57,7 @@ def ticks(low: float, high: float, *, most: int = 6, whole: bool = False) -> tup
         pad = max(abs(low) * 0.05, 1.0 if whole else 1e-3)
         low, high = low - pad, high + pad
     power = math.floor(math.log10((high - low) / most))
+    power = max(power, 0) if whole else power
     for exponent in range(power, power + 3):
         for step in (f * 10.0**exponent for f in (1, 2, 2.5, 5)):
             if whole and step != round(step):
