@@ -29,7 +29,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Decides, layer by layer, how many channels a network keeps, for a budget.",
 )
-out = Console()
+PIPE_WIDTH = 160
+"""Columns where output goes to a file or pipe, which have no width of their own."""
+out = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 err = Console(stderr=True)
 
 INTERRUPTED = 130
@@ -296,7 +298,7 @@ def _show_result(result: Result) -> None:
 def _show_rows(title: str, headings: list[str], rows: list[list[str]]) -> None:
     table = Table(title=title, show_footer=False)
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", overflow="fold")
+        table.add_column(heading, justify="right" if index else "left", overflow="fold", min_width=6)
     for row in rows:
         table.add_row(*(escape(text) for text in row))
     out.print(table)

@@ -205,7 +205,7 @@ def _load(text: str) -> Any:
 
 def _number(value: float) -> str:
     """A figure in full where it is a count, else with four significant digits."""
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _points(difference: float) -> str:
