@@ -100,9 +100,10 @@ def check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     from autocompress import pipeline
 
     loaded = pipeline.Recipe.load(recipe, overrides or ())
-    prepared = pipeline.prepare(loaded)
-    for candidate in prepared.candidates:
-        _show_candidate(prepared, candidate, pipeline.problem_of(candidate, loaded))
+    with pipeline.recipe_threads(loaded):
+        prepared = pipeline.prepare(loaded)
+        for candidate in prepared.candidates:
+            _show_candidate(prepared, candidate, pipeline.problem_of(candidate, loaded))
 
 
 @app.command(epilog="Example: [bold]autocompress report runs/digits[/]")

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from autocompress.agents.actor_critic import DDPGSearch, SACSearch, TD3Search
-from autocompress.agents.baselines import Greedy, RandomSearch, Uniform
+from autocompress.agents.baselines import Greedy, RandomSearch, Uniform, least_plans
 from autocompress.core import Search
 from autocompress.core.errors import RecipeError
 
@@ -20,6 +20,7 @@ __all__ = [
     "SACSearch",
     "TD3Search",
     "Uniform",
+    "least_plans",
     "make_search",
 ]
 

@@ -72,6 +72,10 @@ class ActorCriticSearch:
         if faults:
             raise RecipeError([f"search {self.algorithm}: {fault}" for fault in faults])
 
+    def least_plans(self, num_knobs: int) -> int:
+        """One plan to learn from, and the actor's own."""
+        return 2
+
     def __call__(
         self, problem: Problem, *, num_plans: int, seed: int, callbacks: Sequence[TrialCallback] = ()
     ) -> SearchResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class Uniform:
             InfeasibleBudgetError: no plan meets the budgets.
             ValueError: ``num_plans`` is below 1.
         """
-        require_plans("uniform", num_plans, 1)
+        require_plans(self, num_plans, problem)
         values = scaled_to_budget(problem, [1.0] * len(problem.knobs))
         return SearchResult((recorded(problem.assess(values, index=0, source="uniform"), callbacks),))
 
@@ -46,7 +47,7 @@ class RandomSearch:
             InfeasibleBudgetError: no plan meets the budgets.
             ValueError: ``num_plans`` is below 1.
         """
-        require_plans("random", num_plans, 1)
+        require_plans(self, num_plans, problem)
         rng = np.random.default_rng(seed)
         trials = []
         for index in range(num_plans):
@@ -70,6 +71,10 @@ class Greedy:
     and in ending with one plan scaled to the budget if the evaluations run out.
     """
 
+    def least_plans(self, num_knobs: int) -> int:
+        """The unchanged network, one round over the knobs, and the last plan."""
+        return num_knobs + 2
+
     def __call__(
         self, problem: Problem, *, num_plans: int, seed: int, callbacks: Sequence[TrialCallback] = ()
     ) -> SearchResult:
@@ -80,7 +85,7 @@ class Greedy:
             ValueError: ``num_plans`` is below the number of knobs plus 2.
         """
         num_knobs = len(problem.knobs)
-        require_plans("greedy", num_plans, num_knobs + 2)
+        require_plans(self, num_plans, problem)
         problem.reachable()
         descent = _Descent(problem, callbacks)
         num_rounds = (num_plans - 2) // num_knobs
@@ -153,9 +158,17 @@ class _Descent:
         return at(low)
 
 
-def require_plans(name: str, num_plans: int, least: int) -> None:
+def least_plans(search: Any, num_knobs: int) -> int:
+    """The fewest plans a search can work with; 1 unless the search has a method of that name."""
+    known = getattr(search, "least_plans", None)
+    return int(known(num_knobs)) if known else 1
+
+
+def require_plans(search: Any, num_plans: int, problem: Problem) -> None:
     """Raise if a search is given fewer plans than it can work with."""
+    least = least_plans(search, len(problem.knobs))
     if num_plans < least:
+        name = type(search).__name__
         raise ValueError(f"{name} needs num_plans >= {least} on this problem, got {num_plans}")
 
 

@@ -199,7 +199,7 @@ def search(
         ValueError: ``num_plans`` is below 2, or knobs lack the features of ``ChannelPruningEnv``.
         DivergenceError: rewards or network weights are not finite.
     """
-    require_plans(settings.algorithm, num_plans, 2)
+    require_plans(settings, num_plans, problem)
     env = ChannelPruningEnv(problem)
     rehearsal = ChannelPruningEnv(replace(problem, evaluate=lambda plan: 0.0))
     learner = Learner(settings, rehearsal, num_plans, seed)

@@ -8,7 +8,7 @@ and a flatten in front of a linear layer (a multiple of one group).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -225,8 +225,3 @@ def _with_bits(layer: LayerSpec, bits: Mapping[str, Bits]) -> LayerSpec:
     """A reused module has one set of weights, so its later calls take the bits of the first."""
     chosen = bits.get(layer.name) or bits.get(layer.reuses or "")
     return replace(layer, bits=chosen) if chosen else layer
-
-
-def total(layers: Iterable[LayerSpec], what: Literal["macs", "num_weights", "num_params", "bitops"]) -> int:
-    """Sum of one property over layers."""
-    return sum(getattr(layer, what) for layer in layers)

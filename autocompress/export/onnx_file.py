@@ -39,7 +39,7 @@ def export_onnx(model: nn.Module, path: Path, *, input_shape: tuple[int, int, in
     Raises:
         ExportError: the opset is not available, the network cannot be traced, or the graph is not valid.
     """
-    _check_opset(opset)
+    check_opset(opset)
     proto = _translate(model, input_shape, opset)
     _strip_traces(proto)
     _validate(proto, opset)
@@ -56,7 +56,8 @@ def export_onnx(model: nn.Module, path: Path, *, input_shape: tuple[int, int, in
     return path
 
 
-def _check_opset(opset: int) -> None:
+def check_opset(opset: int) -> None:
+    """Raise ExportError if the exporter cannot write this operator set."""
     import onnx
 
     newest = onnx.defs.onnx_opset_version()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -80,14 +80,7 @@ class BinaryDataflow(HardwareModel):
 
     def layer_costs(self, table: LayerTable) -> LayerCosts:
         """Costs of the stages of one network; all rows share the device."""
-        return self._pipelines(table, len(table))
-
-    def price_plans(
-        self, graph: LayerGraph, **choices: Mapping[str, NDArray[np.int64]]
-    ) -> dict[Metric, Floats]:
-        """Totals of P variants of one graph; arguments as for :meth:`LayerTable.of_plans`."""
-        table = LayerTable.of_plans(graph, **choices)
-        return self.totals(self._pipelines(table, len(graph.layers)), len(graph.layers))
+        return self.network_costs(table, len(table))
 
     def totals(self, costs: LayerCosts, num_layers: int) -> dict[Metric, Floats]:
         """Interval of the slowest stage and energy of whole networks."""
@@ -103,7 +96,8 @@ class BinaryDataflow(HardwareModel):
         shapes = list(zip(dot.tolist(), table.out_channels.tolist(), strict=True))
         return balance((table.macs * table.act_bits).tolist(), shapes, self.lane_budget)
 
-    def _pipelines(self, table: LayerTable, num_layers: int) -> LayerCosts:
+    def network_costs(self, table: LayerTable, num_layers: int) -> LayerCosts:
+        """Costs of the stages of several networks of ``num_layers`` layers, each with a device of its own."""
         _check(table)
         work = (table.macs * table.act_bits).reshape(-1, num_layers)
         pixels = (table.macs // table.kernel_weights).reshape(-1, num_layers)

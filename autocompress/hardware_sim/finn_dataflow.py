@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autocompress.core.cost import Metric
 from autocompress.core.graph import LayerGraph
@@ -68,6 +66,7 @@ class FinnDataflow(HardwareModel):
     mapping: ClassVar[str] = "streaming pipeline; PE x SIMD multipliers per layer, weights in block RAM"
     energy_table: ClassVar[str] = f"{HOROWITZ}; block RAM as an SRAM of 2.25 KiB"
     additive: ClassVar[bool] = False
+    plans_at_once: ClassVar[int] = 50_000  # plans share layers, and each is put on every rung once
 
     name: str
     clock_mhz: float
@@ -118,14 +117,7 @@ class FinnDataflow(HardwareModel):
 
     def layer_costs(self, table: LayerTable) -> LayerCosts:
         """Costs of the stages of one network; all rows share the device."""
-        return self._pipelines(table, len(table))
-
-    def price_plans(
-        self, graph: LayerGraph, **choices: Mapping[str, NDArray[np.int64]]
-    ) -> dict[Metric, Floats]:
-        """Totals of P variants of one graph; arguments as for :meth:`LayerTable.of_plans`."""
-        table = LayerTable.of_plans(graph, **choices)
-        return self.totals(self._pipelines(table, len(graph.layers)), len(graph.layers))
+        return self.network_costs(table, len(table))
 
     def totals(self, costs: LayerCosts, num_layers: int) -> dict[Metric, Floats]:
         """Interval, energy and, when a rate is given, resources of whole networks."""
@@ -186,7 +178,7 @@ class FinnDataflow(HardwareModel):
             add("VVAU_hls" if layer.is_depthwise else "MVAU_hls", fold)
         return config
 
-    def _pipelines(self, table: LayerTable, num_layers: int) -> LayerCosts:
+    def network_costs(self, table: LayerTable, num_layers: int) -> LayerCosts:
         """Costs of the stages of several networks of ``num_layers`` layers, each with a device of its own."""
         self._check(table)
         distinct, row = _distinct(table)

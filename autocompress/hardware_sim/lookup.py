@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from autocompress.core.cost import Metric
 from autocompress.hardware_sim.lookup_table import MeasuredTable, Regression, entry_features, read_table
-from autocompress.hardware_sim.model import HardwareModel, LayerCosts, UnsupportedLayerError
+from autocompress.hardware_sim.model import HardwareModel, LayerCosts, UnsupportedLayerError, refuse
 from autocompress.hardware_sim.table import Floats, Ints, LayerTable
 
 _NONE = -1
@@ -46,6 +46,7 @@ class Lookup(HardwareModel):
     kind: ClassVar[str] = "lookup"
     mapping: ClassVar[str] = "as measured"
     energy_table: ClassVar[str] = "as measured; none if the table has no energies"
+    additive: ClassVar[bool] = False
 
     name: str
     table: str
@@ -70,6 +71,10 @@ class Lookup(HardwareModel):
         return read_table(self.table)
 
     def layer_costs(self, table: LayerTable) -> LayerCosts:
+        """Costs of the layers of one network; see :meth:`network_costs`."""
+        return self.network_costs(table, len(table))
+
+    def network_costs(self, table: LayerTable, num_layers: int) -> LayerCosts:
         """Costs of every layer; ``extra["measured"]`` is 1 for measured and 0 for regressed ones.
 
         The utilisation is not known and given as 0.
@@ -82,10 +87,11 @@ class Lookup(HardwareModel):
             raise UnsupportedLayerError(
                 f"{self.name} was measured with batch {self.measured_batch}; ask for that, not {self.batch}"
             )
-        owner, share = self._matches(table)
+        owner, share = self._matches(table, num_layers)
         found = owner != _NONE
-        if self.missing == "error" and not found.all():
-            raise UnsupportedLayerError(_not_found(self.name, self.table, np.flatnonzero(~found)))
+        if self.missing == "error":
+            way_out = "measure them, or set missing: regress"
+            refuse((~found, f"{self.name} has no measurement of them in {self.table}; {way_out}"))
         units = self._costs(table, owner, share, self._latencies)
         energy = {}
         if self.measurements.has_energy:
@@ -124,15 +130,19 @@ class Lookup(HardwareModel):
         pairs = {length: np.array(sorted(by_length[length])) for length in sorted(by_length, reverse=True)}
         return {length: (p[:, 0], p[:, 1]) for length, p in pairs.items()}
 
-    def _matches(self, table: LayerTable) -> tuple[Ints, Floats]:
-        """Index of each layer's entry, or -1, and the layer's share of it; both of shape (N,)."""
+    def _matches(self, table: LayerTable, num_layers: int) -> tuple[Ints, Floats]:
+        """Index of each layer's entry, or -1, and the layer's share of it; both of shape (N,).
+
+        A block lies within one network of ``num_layers`` layers, never across two.
+        """
         symbols = self._symbols_of(table)
         owner = np.full(len(table), _NONE, dtype=np.int64)
         share, macs = np.ones(len(table)), table.macs.astype(np.float64)
         for length, (codes, entries) in self._codes.items():
-            if len(table) < length:
+            if num_layers < length:
                 continue
-            starts, found = self._starts(symbols, owner, length, codes)
+            within = np.arange(len(table) - length + 1) % num_layers <= num_layers - length
+            starts, found = self._starts(symbols, owner, within, codes)
             total = sum(macs[starts + k] for k in range(length))
             for k in range(length):
                 owner[starts + k] = entries[found]
@@ -152,16 +162,25 @@ class Lookup(HardwareModel):
         numbers = np.array([self._symbols.get(tuple(row), _NONE) for row in rows], dtype=np.int64)
         return numbers[inverse]
 
-    def _starts(self, symbols: Ints, owner: Ints, length: int, codes: Ints) -> tuple[Ints, Ints]:
-        """First layers of the matching entries of one length, and the places of their codes."""
-        last = len(symbols) - length + 1
+    def _starts(
+        self, symbols: Ints, owner: Ints, within: NDArray[np.bool_], codes: Ints
+    ) -> tuple[Ints, Ints]:
+        """First layers of the matching entries of one length, and the places of their codes.
+
+        Args:
+            symbols, owner: of every layer, shape (N,).
+            within: whether an entry may start at the layer, shape (N - length + 1,).
+            codes: of the entries of that length, ascending.
+        """
+        last = len(within)
+        length = len(symbols) - last + 1
         windows = [symbols[k : last + k] for k in range(length)]
         free = np.all([(owner[k : last + k] == _NONE) & (windows[k] != _NONE) for k in range(length)], axis=0)
         code = np.zeros(last, dtype=np.int64)
         for window in windows:
             code = code * len(self._symbols) + window
         place = np.minimum(np.searchsorted(codes, code), len(codes) - 1)
-        match = free & (codes[place] == code)
+        match = within & free & (codes[place] == code)
         before = match.copy()
         for k in range(1, length):
             match[k:] &= ~before[:-k]
@@ -200,10 +219,3 @@ def _features(table: LayerTable) -> Floats:
     values = table.in_channels * table.in_h * table.in_w + table.out_channels * table.out_h * table.out_w
     columns = [table.macs, values * table.act_bits, table.kernel_weights * table.weight_bits]
     return np.stack(columns, axis=1).astype(np.float64)
-
-
-def _not_found(name: str, table: str, indices: NDArray[np.int64]) -> str:
-    shown = ", ".join(map(str, indices[:100])) + (", ..." if len(indices) > 100 else "")
-    return (
-        f"layers {shown}: {name} has no measurement of them in {table}; measure them, or set missing: regress"
-    )

@@ -1,8 +1,9 @@
 """What every hardware model shares: arrays of layers in, arrays of costs out, totals by one rule.
 
 A model gives one method, :meth:`HardwareModel.layer_costs`, on a :class:`LayerTable`; single networks,
-batches of graphs and whole populations of plans are priced by it. A model whose total is not the sum over
-layers (a pipeline, shared resources) also overrides :meth:`HardwareModel.totals`.
+batches of graphs and whole populations of plans are priced by it. A model whose layers do not stand alone
+(shared resources, blocks measured as one) also overrides :meth:`HardwareModel.network_costs`, one whose
+total is not the sum over layers (a pipeline) :meth:`HardwareModel.totals`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from autocompress.core.cost import Cost, Metric
 from autocompress.core.errors import AutocompressError
-from autocompress.core.graph import LayerGraph
+from autocompress.core.graph import LayerGraph, LayerSpec
 from autocompress.hardware_sim.table import Floats, LayerTable
 
 LISTED = 20
@@ -39,6 +40,14 @@ class UnsupportedLayerError(AutocompressError):
             more = f", ... ({len(indices)} in all)" if len(indices) > LISTED else ""
             lines.append(f"layers {', '.join(shown)}{more}: {rule}")
         super().__init__("\n".join(lines))
+
+    def named(self, layers: Sequence[LayerSpec]) -> UnsupportedLayerError:
+        """The same faults with layers called by name; indices count over networks of these layers."""
+        if not self.faults:
+            return self
+        names = [layer.name for layer in layers]
+        faults = [(sorted({i % len(names) for i in indices}), rule) for indices, rule in self.faults]
+        return UnsupportedLayerError(faults, names)
 
 
 def refuse(*rules: tuple[NDArray[np.bool_], str]) -> None:
@@ -86,7 +95,7 @@ class HardwareModel(ABC):
         mapping: how layers are laid onto the machine, in words.
         energy_table: which constants the energy comes from, in words; energies of different tables must not
             be compared.
-        additive: whether latency and energy of a network are the sums over its layers.
+        additive: whether a layer costs the same in every network, and a network the sum of its layers.
         plans_at_once: plans priced together, so that arrays stay in the processor's cache.
         name: of the target.
         batch: samples priced together; figures are per sample.
@@ -109,6 +118,30 @@ class HardwareModel(ABC):
             UnsupportedLayerError: a layer the machine cannot run.
         """
 
+    def network_costs(self, table: LayerTable, num_layers: int) -> LayerCosts:
+        """Costs of every layer of networks of ``num_layers`` layers each, one network after the other.
+
+        Raises:
+            UnsupportedLayerError: a layer the machine cannot run.
+        """
+        if num_layers != len(table) and not self.additive:
+            raise NotImplementedError(f"{type(self).__name__} must say what several networks cost")
+        return self.layer_costs(table)
+
+    def graph_costs(self, graph: LayerGraph) -> LayerCosts:
+        """Costs of every layer of one network.
+
+        Raises:
+            UnsupportedLayerError: layers the machine cannot run, by name.
+        """
+        return self._named_costs(LayerTable.of(graph.layers), graph)
+
+    def _named_costs(self, table: LayerTable, graph: LayerGraph) -> LayerCosts:
+        try:
+            return self.network_costs(table, len(graph.layers))
+        except UnsupportedLayerError as fault:
+            raise fault.named(graph.layers) from None
+
     def totals(self, costs: LayerCosts, num_layers: int) -> dict[Metric, Floats]:
         """Costs of whole networks: metric -> array of shape (N / num_layers,).
 
@@ -125,12 +158,7 @@ class HardwareModel(ABC):
 
     def __call__(self, graph: LayerGraph) -> Cost:
         """The cost of one network, with the share of every layer."""
-        try:
-            costs = self.layer_costs(LayerTable.of(graph.layers))
-        except UnsupportedLayerError as fault:
-            if not fault.faults:
-                raise
-            raise UnsupportedLayerError(fault.faults, [layer.name for layer in graph.layers]) from None
+        costs = self.graph_costs(graph)
         totals = {metric: float(v[0]) for metric, v in self.totals(costs, len(graph.layers)).items()}
         picojoules = sum(costs.energy_pj.values()) if costs.energy_pj else None
         layers: dict[str, dict[Metric, float]] = {}
@@ -161,5 +189,5 @@ class HardwareModel(ABC):
                 for kind, group in choices.items()
             }
             table = LayerTable.of_plans(graph, **part)
-            parts.append(self.totals(self.layer_costs(table), len(graph.layers)))
+            parts.append(self.totals(self._named_costs(table, graph), len(graph.layers)))
         return {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}

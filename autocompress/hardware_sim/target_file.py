@@ -96,13 +96,13 @@ def parse_target(data: Any, *, source: str) -> HardwareModel:
         f"{source}: {key}: required, a text" for key in ("name", "model", "about") if not _text(data, key)
     ]
     kind, constants = data.get("model"), data.get("constants", {})
-    if kind is not None and kind not in MODELS:
-        faults.append(f"{source}: model: no model {kind!r}{_did_you_mean(str(kind), list(MODELS))}")
+    if isinstance(kind, str) and kind not in MODELS:
+        faults.append(f"{source}: model: no model {kind!r}{_did_you_mean(kind, list(MODELS))}")
     if not isinstance(constants, Mapping):
         faults.append(f"{source}: constants: must be a mapping of name to {{value, source}}")
-    if faults and (kind not in MODELS or not isinstance(constants, Mapping)):
+    if not isinstance(kind, str) or kind not in MODELS or not isinstance(constants, Mapping):
         raise TargetError(faults)
-    module, name = MODELS[str(kind)].split(":")
+    module, name = MODELS[kind].split(":")
     cls: type[HardwareModel] = getattr(importlib.import_module(module), name)
     values = _constants(cls, constants, source, faults)
     if faults:

@@ -5,7 +5,7 @@ from autocompress.pipeline.prepare import Candidate, Prepared, prepare, problem_
 from autocompress.pipeline.progress import Event, OnEvent
 from autocompress.pipeline.recipe import Recipe, bundled_recipes, find_recipe
 from autocompress.pipeline.report import write_report
-from autocompress.pipeline.run import compress, load_compressed, resume, run_recipe
+from autocompress.pipeline.run import compress, load_compressed, recipe_threads, resume, run_recipe
 
 __all__ = [
     "Candidate",
@@ -21,6 +21,7 @@ __all__ = [
     "load_compressed",
     "prepare",
     "problem_of",
+    "recipe_threads",
     "resume",
     "run_recipe",
     "write_report",

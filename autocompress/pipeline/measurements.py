@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from autocompress.core.errors import DataError
+from autocompress.core.files import write_atomically
 from autocompress.core.graph import Bits, LayerSpec
 
 _SIZES = ("in_channels", "out_channels", "kernel_h", "kernel_w", "stride_h", "stride_w", "groups")
@@ -17,6 +19,8 @@ _PIXELS = ("in_h", "in_w", "out_h", "out_w")
 COLUMNS = ("network", "layer", "kind", *_SIZES, *_PIXELS, "bits", "latency_ms")
 """One row per layer; a row of kind ``network`` has only network, bits and latency_ms, from end to end."""
 
+BITS = (8, 16, 32)
+"""Precisions a measured target can have."""
 MAX_ROWS = 1_000_000
 
 
@@ -43,28 +47,28 @@ class Measurements:
 
 
 def write_measurements(measurements: Measurements, path: Path, *, source: str) -> None:
-    """Write the CSV that :func:`read_measurements` reads, under a comment that says where it comes from."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        file.write(f"# source: {source}\n")
-        rows = csv.DictWriter(file, COLUMNS)
-        rows.writeheader()
-        for m in measurements.layers:
-            sizes = (
-                m.layer.in_channels,
-                m.layer.out_channels,
-                *m.layer.kernel,
-                *m.layer.stride,
-                m.layer.groups,
-            )
-            rows.writerow(
-                {"network": m.network, "layer": m.layer.name, "kind": m.layer.kind}
-                | dict(zip(_SIZES, sizes, strict=True))
-                | dict(zip(_PIXELS, (*m.layer.in_hw, *m.layer.out_hw), strict=True))
-                | {"bits": m.layer.bits.weight, "latency_ms": f"{m.latency_ms:.6g}"}
-            )
-        for (network, bits), latency_ms in measurements.networks.items():
-            row = {"network": network, "kind": "network", "bits": bits, "latency_ms": f"{latency_ms:.6g}"}
-            rows.writerow(row)
+    """Write the CSV that :func:`read_measurements` reads, under a comment that says where it comes from.
+
+    Raises:
+        RunDirectoryError: the file cannot be written.
+    """
+    file = io.StringIO(newline="")
+    file.write(f"# source: {source}\n")
+    rows = csv.DictWriter(file, COLUMNS)
+    rows.writeheader()
+    for m in measurements.layers:
+        spec = m.layer
+        sizes = (spec.in_channels, spec.out_channels, *spec.kernel, *spec.stride, spec.groups)
+        rows.writerow(
+            {"network": m.network, "layer": spec.name, "kind": spec.kind}
+            | dict(zip(_SIZES, sizes, strict=True))
+            | dict(zip(_PIXELS, (*spec.in_hw, *spec.out_hw), strict=True))
+            | {"bits": spec.bits.weight, "latency_ms": f"{m.latency_ms:.6g}"}
+        )
+    for (network, bits), latency_ms in measurements.networks.items():
+        row = {"network": network, "kind": "network", "bits": bits, "latency_ms": f"{latency_ms:.6g}"}
+        rows.writerow(row)
+    write_atomically(path, file.getvalue().encode())
 
 
 def read_measurements(path: Path) -> Measurements:
@@ -90,7 +94,8 @@ def read_measurements(path: Path) -> Measurements:
     for number, row in enumerate(rows, start=1):
         try:
             latency = _positive(row, "latency_ms", float)
-            bits = _positive(row, "bits", int)
+            if (bits := _positive(row, "bits", int)) not in BITS:
+                raise ValueError(f"bits must be {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}, got {bits}")
             if row["kind"] == "network":
                 networks[row["network"], bits] = latency
             else:

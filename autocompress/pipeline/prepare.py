@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from autocompress.agents import make_search
-from autocompress.core import Problem
+from autocompress.agents import least_plans, make_search
+from autocompress.core import Problem, Search
 from autocompress.core.errors import DataError, DivergenceError, RecipeError
+from autocompress.export import check_opset
 from autocompress.pipeline.quick_score import channel_problem
 from autocompress.pipeline.recipe import Recipe
 from autocompress.trace import Trace, trace
-from autocompress.training import Data, load_data
+from autocompress.training import Data, load_data, weights_digest
+from autocompress.training.batches import spread
 from autocompress.zoo import build, load_weights
+
+SAMPLED = 32
+"""Images per split that tell one data set from another."""
 
 
 @dataclass(frozen=True)
@@ -74,22 +80,51 @@ def prepare_own(models: Mapping[str, nn.Module], data: Data, recipe: Recipe) -> 
         AutocompressError: any of its kinds; nothing has been written.
     """
     _check_machine(recipe)
-    make_search(recipe.search.algorithm, recipe.search.settings)
+    searches = [make_search(recipe.search.algorithm, recipe.search.settings)]
+    searches += [make_search(name, {}) for name in recipe.search.baselines]
+    if "export" in recipe.stages:
+        check_opset(recipe.export.opset)
     candidates = []
     for name, model in models.items():
         _check_finite(name, model)
         _check_shape(name, model, data)
         traced = trace(model, data.input_shape)
         candidate = Candidate(name, model.to(recipe.device), traced)
-        problem_of(candidate, recipe).reachable()
+        problem = problem_of(candidate, recipe)
+        problem.reachable()
+        _check_num_plans(recipe, searches, len(problem.knobs))
         candidates.append(candidate)
     return Prepared(recipe, data, tuple(candidates))
+
+
+def inputs_of(prepared: Prepared) -> dict[str, str]:
+    """Hashes that tell the networks and data of a run from others."""
+    data = prepared.data
+    digest = hashlib.sha256(repr((data.num_classes, data.input_shape)).encode())
+    for split in (data.train, data.search, data.test):
+        digest.update(str(len(split)).encode())
+        for x, y in spread(split, SAMPLED, limit=min(SAMPLED, len(split))):
+            digest.update(x.contiguous().numpy().tobytes() + y.numpy().tobytes())
+    models = {candidate.name: weights_digest(candidate.model) for candidate in prepared.candidates}
+    return {"data": digest.hexdigest()[:16]} | models
 
 
 def problem_of(candidate: Candidate, recipe: Recipe) -> Problem:
     """The candidate's problem without a score: enough to know what is reachable."""
     budgets = [settings.budget for settings in recipe.budgets]
     return channel_problem(candidate.model, candidate.traced, None, settings=recipe.prune, budgets=budgets)
+
+
+def _check_num_plans(recipe: Recipe, searches: list[Search], num_knobs: int) -> None:
+    names = (recipe.search.algorithm, *recipe.search.baselines)
+    faults = [
+        f"search.num_plans: {name} needs at least {least_plans(search, num_knobs)} for {num_knobs} knobs, "
+        f"got {recipe.search.num_plans}"
+        for name, search in zip(names, searches, strict=True)
+        if recipe.search.num_plans < least_plans(search, num_knobs)
+    ]
+    if faults:
+        raise RecipeError(faults)
 
 
 def _check_machine(recipe: Recipe) -> None:

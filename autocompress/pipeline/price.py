@@ -16,8 +16,7 @@ from markupsafe import Markup
 
 from autocompress.core import Bits, LayerGraph, Metric, Plan
 from autocompress.core.errors import RecipeError
-from autocompress.hardware_sim.model import HardwareModel, LayerCosts
-from autocompress.hardware_sim.table import LayerTable
+from autocompress.hardware_sim.model import HardwareModel, LayerCosts, UnsupportedLayerError
 from autocompress.hardware_sim.target_file import load_target
 from autocompress.pipeline.plots import NUM_COLOURS, Axis, Row, Series, paired_bars, si, xy_chart
 from autocompress.trace import trace
@@ -148,16 +147,21 @@ def price(graph: LayerGraph, targets: Sequence[str], *, batch: int = 1) -> list[
     Raises:
         RecipeError: no target.
         TargetError: a target that does not exist or is wrong.
-        UnsupportedLayerError: a machine that cannot run a layer.
+        UnsupportedLayerError: machines that cannot run a layer; those of all targets at once.
     """
     if not targets:
         raise RecipeError("name a target; `autocompress list targets` lists those that come with the package")
-    priced = []
-    for target in targets:
-        model = load_target(target, batch=batch)
-        costs = model.layer_costs(LayerTable.of(graph.layers))
+    priced, faults = [], []
+    for model in [load_target(target, batch=batch) for target in targets]:
+        try:
+            costs = model.graph_costs(graph)
+        except UnsupportedLayerError as fault:
+            faults.append(f"{model.name}: {fault}")
+            continue
         totals = model.totals(costs, len(graph.layers))
         priced.append(Priced(model, graph, costs, {metric: float(v[0]) for metric, v in totals.items()}))
+    if faults:
+        raise UnsupportedLayerError("\n".join(faults))
     return priced
 
 

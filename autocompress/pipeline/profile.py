@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import platform
 import re
 import time
@@ -17,6 +18,7 @@ from ruamel.yaml import YAML
 from scipy.optimize import nnls
 
 from autocompress.core.errors import DataError, ExportError, RecipeError
+from autocompress.core.files import write_atomically
 from autocompress.core.graph import Bits
 from autocompress.export.layer_bench import PRECISIONS, Chain, Timing, chain_model, time_networks
 from autocompress.hardware_sim.measured import BETWEEN, TERMS, Measured, kinds, terms
@@ -272,7 +274,7 @@ def profile_machine(
 
     Raises:
         RecipeError: threads below 1.
-        DataError: a file cannot be written.
+        RunDirectoryError: a file cannot be written.
     """
     num_networks, runs = (QUICK_NUM_NETWORKS, QUICK_RUNS) if quick else (NUM_NETWORKS, RUNS)
     measurements = measure_machine(num_networks=num_networks, runs=runs, threads=threads, on_event=on_event)
@@ -286,7 +288,8 @@ def profile_measurements(target: str, path: Path, measured: Path) -> Profile:
     """Fit measurements of a device elsewhere and write its target file.
 
     Raises:
-        DataError: the measurements are wrong or too few, or the file cannot be written.
+        DataError: the measurements are wrong or too few.
+        RunDirectoryError: the file cannot be written.
     """
     about = f"Fitted on {time.strftime('%Y-%m-%d')} to the measurements in {measured.name}."
     fitted = fit_profile(read_measurements(measured), name=target, about=about)
@@ -309,7 +312,7 @@ def write_target(profile: Profile, path: Path) -> None:
     """Write the target file, for ``--target`` and for others.
 
     Raises:
-        DataError: the file cannot be written.
+        RunDirectoryError: the file cannot be written.
     """
     source = f"fitted by autocompress profile: {profile.about}"
     constants: Mapping[str, Any] = {
@@ -323,14 +326,8 @@ def write_target(profile: Profile, path: Path) -> None:
         "about": profile.about,
         "constants": {key: {"value": value, "source": source} for key, value in constants.items()},
     }
-    partial = path.with_name(path.name + ".partial")
     yaml = YAML()
     yaml.width = 110
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            yaml.dump(data, file)
-        partial.replace(path)
-    except OSError as fault:
-        raise DataError(f"cannot write {path}: {fault}; check the folder and the free space") from fault
-    finally:
-        partial.unlink(missing_ok=True)
+    text = io.StringIO()
+    yaml.dump(data, text)
+    write_atomically(path, text.getvalue().encode())

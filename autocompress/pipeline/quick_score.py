@@ -16,19 +16,22 @@ from autocompress.hardware_sim import MacsModel
 from autocompress.pipeline.recipe import PruneSettings
 from autocompress.prune import Reconstruction, channel_knobs, compress_channels, unit_scores
 from autocompress.trace import Trace
-from autocompress.training import Data, batches, evaluate, recalibrate_batchnorm
+from autocompress.training import Data, batches, evaluate, recalibrate_batchnorm, weights_digest
+from autocompress.training.batches import spread
 
 log = logging.getLogger(__name__)
 
 CALIBRATION_BATCH = 128
+DIGESTED = 64
+"""Images of the search split that tell one data set from another."""
 
 
 class QuickScore:
     """Builds and scores pruned copies of one network.
 
     A copy is physically shrunk, its layers are refitted by least squares, its BatchNorm statistics are
-    measured anew, and its accuracy is taken on the first images of the search split, the same for every
-    plan. Nothing is fine-tuned.
+    measured anew, and its accuracy is taken on images evenly spaced over the search split, the same for
+    every plan. Nothing is fine-tuned.
 
     Args:
         model: the trained network; not changed.
@@ -42,7 +45,10 @@ class QuickScore:
         self, model: nn.Module, traced: Trace, data: Data, *, settings: PruneSettings, seed: int
     ) -> None:
         self._model, self._traced, self._data, self._settings = model, traced, data, settings
-        self._calibration = list(_calibration(data, settings.calibration_images, seed))
+        device = next(model.parameters()).device
+        stored = list(_calibration(data, settings.calibration_images, seed))
+        self.data_digest = _data_digest(stored, data)
+        self._calibration = [(x.to(device), y.to(device)) for x, y in stored]
         self._images = [x for x, _ in self._calibration]
         self._scores = unit_scores(
             model, traced, settings.importance, self._calibration if settings.importance == "taylor" else None
@@ -112,20 +118,20 @@ def channel_problem(
         budgets=tuple(budget.resolve(reference) for budget in budgets),
         price=lambda plan: price(plan.apply(traced.graph)),
         evaluate=evaluate_plan,
-        identity=f"{_weights_digest(model)} {settings.model_dump_json()}",
+        identity=f"{weights_digest(model)} {score.data_digest if score else ''} {settings.model_dump_json()}",
     )
 
 
 def _calibration(data: Data, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of ``count`` random training images, not augmented."""
+    """Batches of ``count`` random training images; not augmented but by transforms of the data set's own."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data.train), generator=generator)[:count]
     return batches(Subset(data.train, order.tolist()), CALIBRATION_BATCH)  # type: ignore[arg-type]
 
 
-def _weights_digest(model: nn.Module) -> str:
+def _data_digest(calibration: list[tuple[Tensor, Tensor]], data: Data) -> str:
+    """Hash of the calibration images and of some of the search split."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for x, y in (*calibration, *spread(data.search, DIGESTED, limit=min(DIGESTED, len(data.search)))):
+        digest.update(x.contiguous().numpy().tobytes() + y.numpy().tobytes())
     return digest.hexdigest()[:16]

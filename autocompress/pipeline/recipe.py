@@ -144,7 +144,7 @@ class Recipe(Section):
             raise RecipeError(f"{file}: cannot be read as UTF-8 text: {fault}") from fault
         recipe = cls.parse(text, source=str(file), overrides=overrides)
         beside = file.parent / (recipe.weights or "")
-        if recipe.weights is None or not beside.is_file():
+        if recipe.weights is None or Path(recipe.weights).is_file() or not beside.is_file():
             return recipe
         # Absolute, so that the copy in the run directory still means the same file.
         return recipe.model_copy(update={"weights": str(beside.resolve())})

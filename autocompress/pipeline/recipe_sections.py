@@ -189,12 +189,12 @@ class ExportSettings(Section):
 
     Args:
         opset: ONNX operator set; PyTorch's exporter writes 18 and later.
-        parity_images: test images on which ONNX Runtime must agree with PyTorch.
+        parity_images: images of the search split on which ONNX Runtime must agree with PyTorch.
         latency_runs: timed runs of each file.
     """
 
     opset: int = Field(default=18, ge=18)
-    parity_images: Count = 64
+    parity_images: int = Field(default=64, ge=2)
     latency_runs: Count = 50
 
 

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from autocompress.core import Budget, Cost, Metric, Plan, Result, SearchResult, Trial
 from autocompress.core.errors import RunDirectoryError
+from autocompress.core.files import write_atomically
 from autocompress.pipeline.plots import (
     NUM_COLOURS,
     SMALL,
@@ -111,7 +112,7 @@ def write_report(run_dir: Path) -> Path:
             recipe=recipe,
         )
     )
-    return _write(run_dir / "report.html", html)
+    return write_atomically(run_dir / "report.html", html.encode())
 
 
 def _environment() -> Environment:
@@ -125,21 +126,6 @@ def _environment() -> Environment:
     )
     environment.filters |= {"number": _number, "percent": percent}
     return environment
-
-
-def _write(path: Path, text: str) -> Path:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as fault:
-        raise RunDirectoryError(
-            f"cannot write {path}: {fault}. Check the folder and the free space."
-        ) from fault
-    finally:
-        partial.unlink(missing_ok=True)
-    logger.info("wrote %s", path)
-    return path
 
 
 # Reading

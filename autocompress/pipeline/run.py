@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from autocompress.core import Cost, Result
-from autocompress.core.errors import CheckpointError, RunDirectoryError
+from autocompress.core.errors import CheckpointError, RecipeError, RunDirectoryError
 from autocompress.core.graph import LayerGraph
 from autocompress.hardware_sim import MacsModel
 from autocompress.pipeline import stages
-from autocompress.pipeline.prepare import prepare, prepare_own
+from autocompress.pipeline.prepare import inputs_of, prepare, prepare_own
 from autocompress.pipeline.progress import OnEvent, silent
 from autocompress.pipeline.provenance import provenance
 from autocompress.pipeline.recipe import Recipe
@@ -40,7 +40,8 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, on_event: OnEvent = s
     Raises:
         AutocompressError: any of its kinds.
     """
-    with _threads(recipe):
+    with recipe_threads(recipe):
+        recipe = _absolute(recipe)
         prepared = prepare(recipe)
         path = out or RunDirectory.next_free(Path("runs"), recipe.name)
         with RunDirectory.create(path, recipe) as directory:
@@ -60,7 +61,7 @@ def resume(path: Path, *, on_event: OnEvent = silent) -> Result:
                 f"{path} was started from Python with its own model and data; resume it there: "
                 "compress(model, data, recipe, run_dir=...)"
             )
-        with _threads(recipe):
+        with recipe_threads(recipe):
             return _run(stages.Run(prepare(recipe), directory, on_event))
 
 
@@ -92,7 +93,10 @@ def compress(
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_mapping(recipe)
-    with _threads(recipe):
+    given = {"model": recipe.model, "weights": recipe.weights, "data": recipe.data}
+    if faults := [f"{key}: leave it out; it is passed from Python" for key, value in given.items() if value]:
+        raise RecipeError(faults)
+    with recipe_threads(recipe):
         if not isinstance(data, Data):
             train, test = data
             data = from_datasets(train, test, seed=recipe.seed)
@@ -127,6 +131,17 @@ def load_compressed(model: nn.Module, run_dir: Path | str) -> nn.Module:
     return small.eval()
 
 
+def _absolute(recipe: Recipe) -> Recipe:
+    """Files by absolute path, so that the run can be resumed from any folder."""
+    changes: dict[str, Any] = {}
+    if recipe.weights is not None:
+        changes["weights"] = str(Path(recipe.weights).resolve())
+    if recipe.data is not None and recipe.data.root is not None:
+        root = str(Path(recipe.data.root).resolve())
+        changes["data"] = recipe.data.model_copy(update={"root": root})
+    return recipe.model_copy(update=changes) if changes else recipe
+
+
 def _create_or_open(path: Path, recipe: Recipe) -> RunDirectory:
     if not (path / "recipe.yaml").exists():
         return RunDirectory.create(path, recipe)
@@ -138,7 +153,7 @@ def _create_or_open(path: Path, recipe: Recipe) -> RunDirectory:
 
 
 @contextmanager
-def _threads(recipe: Recipe) -> Iterator[None]:
+def recipe_threads(recipe: Recipe) -> Iterator[None]:
     """The number of threads changes the last bits of training, so it is part of the recipe."""
     before = torch.get_num_threads()
     if recipe.threads is not None:
@@ -149,7 +164,21 @@ def _threads(recipe: Recipe) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _same_inputs(run: stages.Run) -> None:
+    """A resumed run goes on with the networks and data it was started with, or not at all."""
+    now, then = inputs_of(run.prepared), run.directory.read_json("inputs.json")
+    if then is None:
+        run.directory.write_json("inputs.json", now)
+    elif then != now:
+        changed = ", ".join(sorted(key for key in {*now, *then} if now.get(key) != then.get(key)))
+        raise RunDirectoryError(
+            f"{run.directory.path} was started with other inputs ({changed}); give it those, or choose "
+            "another run directory"
+        )
+
+
 def _run(run: stages.Run) -> Result:
+    _same_inputs(run)
     recipe, data = run.prepared.recipe, run.prepared.data
     candidate = stages.train(run)
     original, graph = candidate.model, candidate.traced.graph

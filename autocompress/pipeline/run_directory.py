@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,7 +10,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from autocompress.core.errors import RunDirectoryError
+from autocompress.core.files import TEMPORARY, write_atomically
 from autocompress.pipeline.recipe import Recipe
+
+LOCK = ".lock"
 
 
 class RunDirectory:
@@ -26,7 +27,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path / ".lock")
+        self._lock = FileLock(path / LOCK)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -43,7 +44,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: the folder exists and is not empty, or cannot be written.
         """
-        if path.exists() and any(path.iterdir()):
+        if not _is_free(path):
             raise RunDirectoryError(
                 f"{path} exists and is not empty; resume it with `autocompress run --resume {path}` "
                 "or choose another --out"
@@ -53,7 +54,11 @@ class RunDirectory:
         except OSError as fault:
             raise RunDirectoryError(f"cannot create {path}: {fault}") from fault
         directory = cls(path)
-        directory.write("recipe.yaml", recipe.to_yaml())
+        try:
+            directory.write("recipe.yaml", recipe.to_yaml())
+        except BaseException:
+            directory.close()
+            raise
         return directory
 
     @classmethod
@@ -71,7 +76,7 @@ class RunDirectory:
     def next_free(parent: Path, name: str) -> Path:
         """``parent/name``, or with the lowest free suffix ``-2``, ``-3``, ..."""
         path, count = parent / name, 1
-        while path.exists() and any(path.iterdir()):
+        while not _is_free(path):
             count += 1
             path = parent / f"{name}-{count}"
         return path
@@ -82,24 +87,12 @@ class RunDirectory:
         return Recipe.load(self.path / "recipe.yaml")
 
     def write(self, name: str, text: str) -> None:
-        """Write a file under a temporary name and rename it, so that it is never half there.
+        """Write a file so that it is never half there.
 
         Raises:
             RunDirectoryError: the disk is full or the folder cannot be written; an older file stays.
         """
-        temporary = self.path / f".{name}.tmp"
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path / name)
-        except OSError as fault:
-            temporary.unlink(missing_ok=True)
-            hint = (
-                "free some space and resume the run" if fault.errno == errno.ENOSPC else "check permissions"
-            )
-            raise RunDirectoryError(f"cannot write {self.path / name}: {fault.strerror}; {hint}") from fault
+        write_atomically(self.path / name, text.encode())
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a value as JSON; see :meth:`write`."""
@@ -121,3 +114,10 @@ class RunDirectory:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _is_free(path: Path) -> bool:
+    """Whether a run may start there: nothing, or what a run killed before its recipe was written leaves."""
+    if not path.exists():
+        return True
+    return path.is_dir() and all(p.name == LOCK or p.name.endswith(TEMPORARY) for p in path.iterdir())

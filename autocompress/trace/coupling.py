@@ -117,6 +117,7 @@ def _follow(
     """Ask torch-pruning for the positions coupled to every produced channel."""
     import torch_pruning as tp
 
+    at = "while its operations are listed"
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
             warnings.simplefilter("ignore")
@@ -124,6 +125,7 @@ def _follow(
             map_channel_padding(dependency)
             recorder = _Recorder(model, dependency, classes)
             for name in dict.fromkeys(order):
+                at = f"at layer {name!r}"
                 module = modules[name]
                 if module not in dependency.module2node or _complete(classes, name):
                     continue
@@ -135,8 +137,8 @@ def _follow(
                     recorder.record(item, units)
     except Exception as fault:
         raise UnsupportedModelError(
-            f"the channels of this network cannot be followed ({type(fault).__name__}: {fault}). "
-            "Rewrite the part with plain torch operations, or pass the sub-network that can be pruned."
+            f"the channels of this network cannot be followed {at} ({type(fault).__name__}: {fault}). "
+            "Rewrite what follows it with plain torch operations, or pass the sub-network that can be pruned."
         ) from fault
 
 

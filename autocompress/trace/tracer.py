@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,22 +144,18 @@ def _verified(model: nn.Module, traced: Trace) -> Trace:
     example = torch.randn(2, *traced.graph.input_shape, generator=_generator(), dtype=torch.float64)
     if _holds(model, traced, _halves(traced), example) is None:
         return traced
+    halves, accepted = _halves(traced), dict[str, Any]()
     groups = list(traced.graph.groups)
     for index, group in enumerate(groups):
-        if group.locked is None:
-            halves = _halves(traced)
+        if group.name in halves:
+            trial = {**accepted, group.name: halves[group.name]}
             fault = _holds(model, traced, {group.name: halves[group.name]}, example)
-            if fault is not None:
+            fault = fault or _holds(model, traced, trial, example)
+            if fault is None:
+                accepted = trial
+            else:
                 groups[index] = replace(group, locked=fault)
-    traced = replace(traced, graph=replace(traced.graph, groups=tuple(groups)))
-    fault = _holds(model, traced, _halves(traced), example)
-    if fault is not None:
-        names = ", ".join(g.name for g in traced.graph.prunable[:8])
-        raise UnsupportedModelError(
-            f"channel groups {names} can be pruned one by one but not together: {fault}. "
-            "Name the layers to leave alone under prune.keep."
-        )
-    return traced
+    return replace(traced, graph=replace(traced.graph, groups=tuple(groups)))
 
 
 def _holds(model: nn.Module, traced: Trace, kept: Kept, example: Tensor) -> str | None:

@@ -1,6 +1,7 @@
 """Data sets, training with resume, distillation, evaluation and BatchNorm recalibration."""
 
 from autocompress.training.batches import batches
+from autocompress.training.checkpoint import weights_digest
 from autocompress.training.data import Augment, Data, Images, Samples, from_datasets, subset
 from autocompress.training.evaluate import Scores, evaluate, recalibrate_batchnorm
 from autocompress.training.loop import distillation_loss, fit
@@ -24,4 +25,5 @@ __all__ = [
     "load_data",
     "recalibrate_batchnorm",
     "subset",
+    "weights_digest",
 ]

@@ -34,7 +34,7 @@ def identity_of(
         "settings": asdict(settings),
         "seed": seed,
         "network": hashlib.sha256(repr(tensors).encode()).hexdigest(),
-        "teacher": None if teacher is None else _weights_digest(teacher),
+        "teacher": None if teacher is None else weights_digest(teacher),
         "data": [data.name, len(data.train), len(data.search), list(data.input_shape)],
     }
 
@@ -113,7 +113,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} is of another training ({'; '.join(faults)}); {_TO_REDO}")
 
 
-def _weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module) -> str:
+    """Hash of the names, shapes, types and values of a network's tensors."""
     digest = hashlib.sha256()
     for name, tensor in named_tensors(model).items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

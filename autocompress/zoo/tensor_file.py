@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -14,7 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from autocompress.core.errors import CheckpointError, RunDirectoryError
+from autocompress.core.errors import CheckpointError
+from autocompress.core.files import write_atomically
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str]) -> None:
@@ -32,21 +32,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[s
     """
     own = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     content = safetensors.torch.save(own, metadata=metadata)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as fault:
-        if temporary.is_file():
-            temporary.unlink()
-        raise RunDirectoryError(
-            f"cannot write {path}: {fault}. Free some space or choose another folder; "
-            "an earlier file of that name is intact."
-        ) from fault
+    write_atomically(path, content)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -133,6 +133,28 @@ def test_every_block_of_the_phone_table_is_found_and_its_layers_sum_to_the_measu
     assert (costs.extra["measured"] == 1).all()
 
 
+def test_a_network_costs_the_same_alone_as_among_others() -> None:
+    """The pieces of a block, cut in two networks, must not be put together again."""
+    block = next(b for b in phone_blocks()[0] if len(b) == 3)
+    graph = LayerGraph((*block[1:], block[0]))
+    model = Lookup("phone", str(GOLDEN / "proxylessnas_mobile.csv"), missing="regress")
+    alone = model(graph)["latency_ms"]
+    assert model.price_many([graph] * 3)["latency_ms"].tolist() == [alone] * 3
+    bits = {graph.layers[0].name: np.full(3, 32)}
+    assert model.price_plans(graph, weight_bits=bits)["latency_ms"].tolist() == [alone] * 3
+
+
+def test_layers_that_were_not_measured_are_named(own: Path) -> None:
+    model, graph = (
+        Lookup("own", str(own)),
+        LayerGraph((replace(OWN_LAYERS[0], bits=Bits(8, 4)), *OWN_LAYERS[1:])),
+    )
+    with pytest.raises(UnsupportedLayerError, match=r"^layers a: own has no measurement"):
+        model(graph)
+    with pytest.raises(UnsupportedLayerError, match=r"^layers c: own has no measurement"):
+        model.price_plans(LayerGraph(OWN_LAYERS), act_bits={"c": np.array([8, 4, 4])})
+
+
 def test_a_block_is_shared_out_by_macs() -> None:
     model = Lookup("phone", str(GOLDEN / "proxylessnas_mobile.csv"))
     block = phone_blocks()[0][10]

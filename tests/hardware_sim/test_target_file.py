@@ -141,6 +141,11 @@ def test_an_unknown_model_is_answered_with_the_nearest_one() -> None:
     ]
 
 
+@pytest.mark.parametrize("model", [["systolic"], {}, 3, None])
+def test_a_model_that_is_no_text_is_an_ordinary_fault(model: object) -> None:
+    assert faults_of(target() | {"model": model}) == ["t.yaml: model: required, a text"]
+
+
 @pytest.mark.parametrize("data", [None, [], "systolic", 3])
 def test_what_is_not_a_mapping_is_refused(data: object) -> None:
     assert faults_of(data) == ["t.yaml: a target file is a mapping with name, model, about and constants"]

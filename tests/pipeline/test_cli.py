@@ -97,6 +97,10 @@ WEIGHTS = {"nan.safetensors": nan_weights, "evil.pth": unsafe, "short.safetensor
         (["weights=short.safetensors"], ["short.safetensors"]),
         (["weights=missing.pth"], ["missing.pth"]),
         (["prune.keep=[nope*]"], ["nope*", "match no layer"]),
+        (["search={algorithm: ddpg, num_plans: 1}"], ["ddpg needs at least 2", "got 1"]),
+        (["search.baselines=[greedy]"], ["greedy needs at least 7 for 5 knobs"]),
+        (["export.opset=99"], ["opset must be between"]),
+        (["export.parity_images=1"], ["export.parity_images"]),
         (["device=cuda"], ["cuda is not available"]),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 from autocompress import cli
 from autocompress.core import Bits, LayerGraph, Plan
 from autocompress.core.errors import AutocompressError, RecipeError
+from autocompress.hardware_sim import UnsupportedLayerError
 from autocompress.hardware_sim.target_file import bundled_targets, load_target
 from autocompress.pipeline.price import (
     as_csv,
@@ -68,6 +69,13 @@ def test_bits_are_those_of_every_layer_and_a_plan_overrides_them(graph: LayerGra
         assert changed.layers[0].bits == Bits(2, 3)
         assert changed.layers[1].bits == Bits(8, 8)
         assert changed.sizes == plan.apply(graph).sizes
+
+
+def test_layers_that_machines_cannot_run_are_named_for_all_targets_at_once(graph: LayerGraph) -> None:
+    with pytest.raises(UnsupportedLayerError) as caught:
+        price(graph, ["bitfusion", "xeon-amx", "finn-zcu102"])
+    for target in ("bitfusion", "finn-zcu102"):
+        assert f"{target}: layers {graph.layers[0].name}, {graph.layers[1].name}" in str(caught.value)
 
 
 @pytest.mark.parametrize("bits", ["", "0", "33", "4,8,8", "a", "4;8"])

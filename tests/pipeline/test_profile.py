@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 
 from autocompress.core import Bits, LayerSpec
-from autocompress.core.errors import DataError, RecipeError
+from autocompress.core.errors import DataError, RecipeError, RunDirectoryError
 from autocompress.export.layer_bench import Chain, chain_model, time_networks
 from autocompress.hardware_sim import LayerTable
 from autocompress.hardware_sim.target_file import load_target
@@ -131,6 +131,8 @@ def test_every_wrong_row_is_told_at_once(tmp_path: Path) -> None:
         "n,l,pool,3,16,3,3,1,1,1,8,8,8,8,32,1",
         "n,l,conv,3,16,3,3,1,1,2,8,8,8,8,32,1",
         "n,l,conv,3.5,16,3,3,1,1,1,8,8,8,8,32,nan",
+        "n,l,conv,3,16,3,3,1,1,1,8,8,8,8,4,1",
+        "n,,network,,,,,,,,,,,,33,1",
     ]
     path.write_text("\n".join([header, *rows]))
     with pytest.raises(DataError) as caught:
@@ -140,6 +142,8 @@ def test_every_wrong_row_is_told_at_once(tmp_path: Path) -> None:
         "row 2: kind must be",
         "row 3: channels must be multiples of groups=2",
         "row 4: latency_ms must be a number > 0, got 'nan'",
+        "row 5: bits must be 8, 16 or 32, got 4",
+        "row 6: bits must be 8, 16 or 32, got 33",
     ):
         assert fault in str(caught.value)
     path.write_text("network,layer\na,b\n")
@@ -209,7 +213,10 @@ def test_a_target_name_that_is_a_path_is_refused() -> None:
         default_path("../etc/passwd")
 
 
-def test_a_target_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    fitted = fit_profile(from_known_constants(), name="toy", about="made")
-    with pytest.raises(DataError, match="cannot write"):
-        write_target(fitted, tmp_path / "missing" / "toy.yaml")
+def test_files_that_cannot_be_written_are_told(tmp_path: Path) -> None:
+    measurements = from_known_constants()
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirectoryError, match="cannot write"):
+        write_target(fit_profile(measurements, name="toy", about="made"), tmp_path / "file" / "toy.yaml")
+    with pytest.raises(RunDirectoryError, match="cannot write"):
+        write_measurements(measurements, tmp_path / "file" / "toy.csv", source="made")

@@ -18,7 +18,7 @@ from networks import TinyResNet
 from safetensors.torch import load_file
 
 from autocompress.core import Ledger
-from autocompress.core.errors import CheckpointError, RunDirectoryError
+from autocompress.core.errors import CheckpointError, RecipeError, RunDirectoryError
 from autocompress.pipeline import Event, Recipe, compress, load_compressed, resume, run_recipe
 from autocompress.pipeline.run_directory import RunDirectory
 from autocompress.trace import measure
@@ -125,12 +125,14 @@ def test_kill_minus_nine_at_twenty_random_moments_changes_nothing(straight: Path
     start = time.perf_counter()
     subprocess.run([*script, str(recipe), "--out", str(tmp_path / "timed")], check=True, env=environment)
     whole = time.perf_counter() - start
+    cut_short = 0
     for attempt in range(20):
         folder = tmp_path / f"run-{attempt}"
         process = subprocess.Popen([*script, str(recipe), "--out", str(folder)], env=environment)
-        time.sleep(rng.uniform(0.2, 1.0) * whole)
+        time.sleep(rng.uniform(0.05, 0.95) * whole)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        cut_short += not (folder / "result.json").exists()
         again = (
             ["--resume", str(folder)]
             if (folder / "recipe.yaml").exists()
@@ -138,6 +140,7 @@ def test_kill_minus_nine_at_twenty_random_moments_changes_nothing(straight: Path
         )
         subprocess.run([*script, *again], check=True, env=environment)
         assert_same(straight, folder)
+    assert cut_short >= 15
 
 
 def test_an_own_network_and_own_data_are_compressed_and_left_alone(tmp_path: Path) -> None:
@@ -161,6 +164,12 @@ def test_an_own_network_and_own_data_are_compressed_and_left_alone(tmp_path: Pat
     assert again.plan == result.plan
     with pytest.raises(RunDirectoryError, match="another recipe"):
         compress(model, (samples[:100], samples[100:]), recipe | {"seed": 1}, run_dir=tmp_path / "own")
+    with pytest.raises(RunDirectoryError, match="other inputs"):
+        compress(model, (samples[:99], samples[100:]), recipe, run_dir=tmp_path / "own")
+    with pytest.raises(RecipeError, match="weights: leave it out"):
+        compress(
+            model, (samples[:100], samples[100:]), recipe | {"weights": "w.pth"}, run_dir=tmp_path / "own"
+        )
     with pytest.raises(CheckpointError, match="another network"):
         load_compressed(build("digits_vgg", num_classes=10, in_channels=3), tmp_path / "own")
 
@@ -185,6 +194,17 @@ def test_a_run_directory_is_held_by_one_process_at_a_time(tmp_path: Path) -> Non
         assert again.recipe.digest == recipe.digest
 
 
+def test_a_run_killed_before_its_recipe_was_written_can_be_started_again(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / "recipe.yaml.tmp").write_text("half")
+    with RunDirectory.create(tmp_path / "run", Recipe.parse(SMALL)) as directory:
+        assert directory.recipe.name == "small"
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(RunDirectoryError, match="not empty"):
+        RunDirectory.create(tmp_path / "file", Recipe.parse(SMALL))
+
+
 def test_names_of_runs_count_upward(tmp_path: Path) -> None:
     assert RunDirectory.next_free(tmp_path, "a") == tmp_path / "a"
     (tmp_path / "a").mkdir()
@@ -200,7 +220,7 @@ def test_a_write_that_fails_leaves_the_older_file(tmp_path: Path, monkeypatch: p
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(RunDirectoryError, match="free some space"):
+        with pytest.raises(RunDirectoryError, match="Free some space"):
             directory.write("plan.json", "new")
         assert (directory.path / "plan.json").read_text() == "old"
         assert not list(directory.path.glob("*.tmp"))
