@@ -120,7 +120,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a finished ru
 )
 def price(  # noqa: PLR0917
     model: Annotated[str, typer.Argument(help="A network by name: zoo, torchvision:NAME, pkg.mod:factory.")],
-    target: Annotated[str | None, typer.Option(help="A bundled target's name, or a target file.")] = None,
+    target: Annotated[str | None, typer.Option(help="A bundled target, a target file, or macs.")] = None,
     compare: Annotated[str, typer.Option(metavar="T1,T2", help="More targets, side by side.")] = "",
     bits: Annotated[
         str | None, typer.Option(help="Of every layer: 8, or 4,8 (weights, activations).")
@@ -149,6 +149,8 @@ def price(  # noqa: PLR0917
     for one in priced:
         _show_rows(f"{model} on {one.model.name}, batch {batch}, per sample", *pricing.table_of(one))
     _show_rows("totals", *pricing.totals_of(priced))
+    for note in (note for one in priced for note in one.notes):
+        out.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
     for note in graph.uncounted:
         out.print(f"[yellow]not counted:[/] {escape(note)}")
 

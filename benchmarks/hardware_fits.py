@@ -1,4 +1,4 @@
-"""Fit the constants of the roofline and row-stationary targets, and print model against device.
+"""Fit the constants of the roofline and row-stationary targets, and print models against devices.
 
 Run ``python benchmarks/hardware_fits.py`` from the root of the repository (a few seconds, one thread). The
 constants it prints are those of ``targets/phone-pixel1.yaml``, ``jetson-tx2.yaml``,
@@ -8,6 +8,7 @@ constants it prints are those of ``targets/phone-pixel1.yaml``, ``jetson-tx2.yam
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares, nnls
+from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from measured_devices import eyeriss, gpu_measured, gpu_networks, phone_blocks
+from measured_devices import GOLDEN, eyeriss, gpu_measured, gpu_networks, phone_blocks, rows_of
 
-from autocompress.core import Bits, LayerSpec
+from autocompress.core import Bits, LayerGraph, LayerSpec
+from autocompress.core.errors import InfeasibleBudgetError
 from autocompress.hardware_sim import LayerTable
+from autocompress.hardware_sim.finn_dataflow import FinnDataflow
+from autocompress.hardware_sim.lookup import Lookup
 from autocompress.hardware_sim.model import LayerCosts
 from autocompress.hardware_sim.roofline import Roofline
 from autocompress.hardware_sim.row_stationary import RowStationary
@@ -167,7 +172,13 @@ def tx2_power() -> None:
         watts.append(gpu_measured("tx2_w")[name])
         dynamic.append(16 * sum(float(part.sum()) for part in costs.energy_pj.values()) * 1e-12)
     rest = np.array(watts) - np.array(dynamic) / np.array(seconds)
-    print(f"TX2 static_w = {np.median(rest):.2f} (median over networks; {np.round(rest, 2).tolist()})\n")
+    print(f"TX2 static_w = {np.median(rest):.2f} (median over networks; {np.round(rest, 2).tolist()})")
+    print("TX2 energy per batch against measured power times measured time:")
+    for (name, layers), time, power in zip(gpu_networks().items(), seconds, watts, strict=True):
+        energy = model.layer_costs(LayerTable.of(layers)).energy_pj
+        joules = 16 * sum(float(part.sum()) for part in energy.values()) * 1e-12
+        print(f"  {name} {joules / (power * time) - 1:+.0%}")
+    print()
 
 
 def row_stationary() -> None:
@@ -195,6 +206,17 @@ def row_stationary() -> None:
                 f"| {row} | {m[0]:.1f} | {p[0]:.1f} | {m[1]:.1f} | {p[1]:.1f} | {p[1] / m[1] - 1:+.0%} "
                 f"| {m[2]:.2f} | {p[2]:.2f} | {p[2] / m[2] - 1:+.0%} |"
             )
+
+        for name, words, column in (
+            ("buffer", "buffer_words", "buffer_mb"),
+            ("DRAM", "dram_words", "dram_mb"),
+        ):
+            chip = sum(float(row[column]) for row in rows)
+            ours = float(costs.extra[words].sum()) * batch * 2 / 2**20
+            print(
+                f"{network} {name} accesses, MB: chip {chip:.5g}, model {ours:.5g} ({ours / chip - 1:+.1%})"
+            )
+        print(f"{network} energies, Spearman {spearmanr(columns[:, 2], measured[:, 2]).statistic:.2f}")
 
 
 def eyeriss_columns(costs: LayerCosts, batch: int) -> Values:
@@ -243,6 +265,102 @@ def time_error(model: RowStationary, column: int) -> float:
     return float(np.concatenate(errors).mean())
 
 
+def bit_serial() -> None:
+    """HAQ's released table against the inferred accelerator, by class of layers."""
+    rows = rows_of("haq_cloud.csv")
+    pairs = [(w, a) for w in range(1, 9) for a in range(1, 9)]
+    layers = [haq_layer(row, Bits(w, a)) for row in rows for w, a in pairs]
+    costs = load_target("bismo-cloud", batch=16).layer_costs(LayerTable.of(layers))
+    ours = costs.extra["cycles"].reshape(len(rows), -1) * 16
+    error = ours / np.array([[int(row[f"w{w}a{a}"]) for w, a in pairs] for row in rows]) - 1
+    classes = np.array([haq_class(row) for row in rows])
+    classes[[0, -1]] = "first and last"
+    print("\n| layers | number | mean error | median | range |\n|---|---|---|---|---|")
+    for name in [*dict.fromkeys(classes.tolist()), ""]:
+        part = error[classes == name] if name else error
+        size = np.abs(part)
+        print(
+            f"| {name or 'all'} | {len(part)} | {size.mean():.1%} | {np.median(size):.1%} "
+            f"| {part.min():+.0%} to {part.max():+.0%} |"
+        )
+
+
+def haq_class(row: dict[str, str]) -> str:
+    """Depthwise, or pointwise by size."""
+    size = int(row["in_hw"])
+    return "depthwise 3x3" if int(row["groups"]) > 1 else f"1x1, {'56 and larger' if size >= 56 else size}"
+
+
+def haq_layer(row: dict[str, str], bits: Bits) -> LayerSpec:
+    """A layer of MobileNetV2 as in HAQ's table."""
+    size, kernel, stride = (int(row[name]) for name in ("in_hw", "kernel", "stride"))
+    out = -(-size // stride)
+    return LayerSpec(
+        row["layer"],
+        "linear" if row["layer"] == "fc" else "conv",
+        int(row["inputs"]),
+        int(row["outputs"]),
+        (kernel, kernel),
+        (stride, stride),
+        int(row["groups"]),
+        (size, size),
+        (out, out),
+        bits=bits,
+    )
+
+
+def finn() -> None:
+    """The quick price of CNV against the exact folding."""
+    print("\n| target | bits | price | exact | ratio |\n|---|---|---|---|---|")
+    for target in ("finn-zynq7020", "finn-zcu102", "finn-u250"):
+        model = load_target(target)
+        assert isinstance(model, FinnDataflow)
+        for bits in (1, 2, 4, 8):
+            graph = cnv(bits)
+            price = model(graph)["latency_ms"]
+            try:
+                exact = model.folding(graph).interval_cycles / (model.clock_mhz * 1e3)
+                print(f"| {target} | {bits} | {price:.4f} | {exact:.4f} | {price / exact:.2f} |")
+            except InfeasibleBudgetError:
+                print(f"| {target} | {bits} | {price:.4g} (penalty) | - | |")
+
+
+def cnv(bits: int) -> LayerGraph:
+    """BNN-PYNQ's CNV network; its image has 8 bits."""
+    convs = ((3, 64, 32), (64, 64, 30), (64, 128, 14), (128, 128, 12), (128, 256, 5), (256, 256, 3))
+    layers = [
+        LayerSpec(
+            f"conv{i}",
+            "conv",
+            inputs,
+            outputs,
+            (3, 3),
+            in_hw=(size, size),
+            out_hw=(size - 2, size - 2),
+            bits=Bits(bits, bits if i else 8),
+        )
+        for i, (inputs, outputs, size) in enumerate(convs)
+    ]
+    linears = ((256, 512), (512, 512), (512, 64))
+    layers += [LayerSpec(f"fc{i}", "linear", *s, bits=Bits(bits, bits)) for i, s in enumerate(linears)]
+    return LayerGraph(tuple(layers), input_shape=(3, 32, 32))
+
+
+def lookup() -> None:
+    """Regression of ProxylessNAS' blocks layer by layer, every fourth one left out of the fit."""
+    comment, header, *rows = (GOLDEN / "proxylessnas_mobile.csv").read_text(encoding="utf-8").splitlines()
+    pairs = list(zip(*phone_blocks(), strict=True))
+    print()
+    for fold in range(4):
+        with tempfile.TemporaryDirectory() as folder:
+            kept = Path(folder) / "kept.csv"
+            kept.write_text("\n".join([comment, header, *(r for i, r in enumerate(rows) if i % 4 != fold)]))
+            model = Lookup("phone", str(kept), missing="regress")
+        left_out = pairs[fold::4]
+        ours = [model.layer_costs(LayerTable.of(block)).latency_ms.sum() for block, _ in left_out]
+        summary(f"lookup, fold {fold}", np.array(ours) / [time for _, time in left_out] - 1)
+
+
 if __name__ == "__main__":
     phone()
     bandwidths = ["activation_gb_per_s", "weight_gb_per_s", "overhead_us"]
@@ -253,3 +371,6 @@ if __name__ == "__main__":
     gpu(titan, {"titanx_fp32_ms": Bits(), "titanx_int8_ms": Bits(8, 8)}, [*rates, *bandwidths], peak=480)
     tx2_power()
     row_stationary()
+    bit_serial()
+    finn()
+    lookup()

@@ -4,7 +4,7 @@ Prints one table, and saves it as results/search-closed-form-<machine>-torch<ver
 instances of the best score, the score of the actor's own episode, the mean score of all trials and the
 seconds per search. ``ddpg-plain`` does not imitate its best episodes; ``ddpg-wide`` has AMC's noise and
 layer sizes as well. The settings of DDPG were chosen on instances 0 to 3, so the table is made on others.
-Run: python benchmarks/search_closed_form.py [num_plans]
+Run: python benchmarks/search_closed_form.py [num_plans [search ...]]
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
     num_plans = int(sys.argv[1]) if len(sys.argv) > 1 else 400
     table = []
     print("".join(f"{column:>12}" for column in COLUMNS))
-    for label in VARIANTS:
+    for label in sys.argv[2:] or VARIANTS:
         table.append(measure(label, num_plans))
         print(
             "".join(f"{v:>12.3f}" if isinstance(v, float) else f"{v:>12}" for v in table[-1].values()),

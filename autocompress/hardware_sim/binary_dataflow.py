@@ -13,7 +13,7 @@ from autocompress.core.cost import Cost, Metric
 from autocompress.core.errors import InfeasibleBudgetError
 from autocompress.core.graph import LayerGraph
 from autocompress.hardware_sim.model import HardwareModel, LayerCosts, UnsupportedLayerError, refuse
-from autocompress.hardware_sim.table import Floats, Ints, LayerTable
+from autocompress.hardware_sim.table import Floats, Ints, LayerTable, ceil_div
 
 MAX_ACT_BITS = 8
 TITAN_X_ADVANTAGE = {"small batch": (8.3, 75.0), "large batch": (1.0, 9.5)}
@@ -107,9 +107,9 @@ class BinaryDataflow(HardwareModel):
                 "use a larger device"
             )
         cycles = self._shortest_interval(work, pixels)
-        lanes = _ceil(work, cycles[:, None])
+        lanes = ceil_div(work, cycles[:, None])
         seconds = cycles * self.pipeline_overhead / (self.clock_mhz * 1e6)
-        stage = _ceil(work, lanes)
+        stage = ceil_div(work, lanes)
         share = work / work.sum(axis=1, keepdims=True)
         board_pj = share * (1e12 * self.power_w * seconds)[:, None]
         return LayerCosts(
@@ -134,7 +134,7 @@ class BinaryDataflow(HardwareModel):
         low, high = pixels.max(axis=1), np.maximum(pixels.max(axis=1), work.max(axis=1))
         while (low < high).any():
             middle = (low + high) // 2
-            fits = _ceil(work, middle[:, None]).sum(axis=1) <= self.lane_budget
+            fits = ceil_div(work, middle[:, None]).sum(axis=1) <= self.lane_budget
             low, high = np.where(fits, low, middle + 1), np.where(fits, middle, high)
         return np.asarray(high)
 
@@ -206,7 +206,7 @@ def balance(
     if lane_budget < len(products):
         raise InfeasibleBudgetError(f"{len(products)} layers need as many lanes, got {lane_budget}")
     options = [_lane_options(*shape) for shape in shapes]
-    cycles = [_ceil(np.int64(work), lanes) for work, (lanes, _) in zip(products, options, strict=True)]
+    cycles = [ceil_div(np.array(work), lanes) for work, (lanes, _) in zip(products, options, strict=True)]
     levels = np.unique(np.concatenate(cycles))
     low, high = int(np.searchsorted(levels, max(c.min() for c in cycles))), len(levels) - 1
     while low < high:
@@ -243,7 +243,3 @@ def _check(table: LayerTable) -> None:
         (table.act_bits > MAX_ACT_BITS, f"activations must have 1 to {MAX_ACT_BITS} bits"),
         (table.transposed == 1, "transposed convolutions are not mapped"),
     )
-
-
-def _ceil(value: Ints | np.int64, divisor: Ints) -> Ints:
-    return -(-value // divisor)

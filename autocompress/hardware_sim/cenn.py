@@ -11,7 +11,7 @@ import numpy as np
 from autocompress.core.cost import Cost, Metric
 from autocompress.hardware_sim.energy import HOROWITZ, mac_pj
 from autocompress.hardware_sim.model import HardwareModel, LayerCosts, refuse
-from autocompress.hardware_sim.table import Floats, Ints, LayerTable
+from autocompress.hardware_sim.table import Floats, Ints, LayerTable, ceil_div
 
 TEMPLATE_SIDE = 3
 """Cells are coupled to their eight neighbours (Chua and Yang, 1988)."""
@@ -42,7 +42,8 @@ class CellularNetwork(HardwareModel):
         memory_pj_per_bit: to read a weight or an activation.
         digital_macs_per_ns: rate of the multipliers of linear layers.
         widest_bits: most bits of weights and activations the circuit resolves.
-        batch: samples priced together; templates are loaded once for all of them.
+        batch: samples priced together; the energy to read templates is shared by all of them. Time is not
+            saved: ``load_ns`` is mostly the inputs', which every sample loads anew.
     """
 
     kind: ClassVar[str] = "cenn"
@@ -74,7 +75,7 @@ class CellularNetwork(HardwareModel):
         operations = np.where(linear, 0, self._operations(table))
         settle_ns = operations * settling_time_ns(self.tau_ns, table.act_bits)
         digital_macs = np.where(linear, table.macs, 0)
-        rounds = _ceil(operations, self.num_arrays)
+        rounds = ceil_div(operations, self.num_arrays)
         array_ns = rounds * (self.load_ns + settling_time_ns(self.tau_ns, table.act_bits))
         return LayerCosts(
             latency_ms=(array_ns + digital_macs / self.digital_macs_per_ns) * 1e-6,
@@ -92,8 +93,8 @@ class CellularNetwork(HardwareModel):
 
     def _operations(self, table: LayerTable) -> Ints:
         """Template operations of one sample."""
-        parts = _ceil(table.kernel_h, TEMPLATE_SIDE) * _ceil(table.kernel_w, TEMPLATE_SIDE)
-        tiles = _ceil(table.out_h, self.cell_rows) * _ceil(table.out_w, self.cell_columns)
+        parts = ceil_div(table.kernel_h, TEMPLATE_SIDE) * ceil_div(table.kernel_w, TEMPLATE_SIDE)
+        tiles = ceil_div(table.out_h, self.cell_rows) * ceil_div(table.out_w, self.cell_columns)
         return np.asarray((table.in_channels // table.groups) * table.out_channels * parts * tiles)
 
     def _conversion_levels(self, table: LayerTable) -> Floats:
@@ -112,7 +113,7 @@ class CellularNetwork(HardwareModel):
     def _occupancy(self, table: LayerTable, operations: Ints) -> Floats:
         """Share of cell-operations that hold an output of the layer; 1 for digital layers."""
         cells = operations * self.cell_rows * self.cell_columns
-        tiles = _ceil(table.out_h, self.cell_rows) * _ceil(table.out_w, self.cell_columns)
+        tiles = ceil_div(table.out_h, self.cell_rows) * ceil_div(table.out_w, self.cell_columns)
         used = operations // np.maximum(tiles, 1) * table.out_h * table.out_w
         return np.asarray(np.where(table.linear == 1, 1.0, used / np.maximum(cells, 1)))
 
@@ -175,7 +176,3 @@ def settle(
     for _ in range(round(num_tau / step_tau)):
         state += step_tau * (drive - state)
     return state
-
-
-def _ceil(value: Ints, divisor: int) -> Ints:
-    return -(-value // divisor)

@@ -40,10 +40,13 @@ class FinnDataflow(HardwareModel):
     ``brams`` (of 18 Kbit) and ``dsps``, sums over the layers, are metrics too.
 
     So that a larger network never costs less, foldings come from one ladder of (PE, SIMD) pairs for all
-    layers, channels are padded with zeros to whole folds, and a layer's block RAMs are the most that FINN
-    estimates on any rung up to its own. A network that does not fit even at PE = SIMD = 1 is priced at that
-    folding's interval times the factor by which it exceeds the device (``extra["device_share"]`` above 1): a
-    penalty that lets searches cross the region, not a prediction. :meth:`folding` gives one FINN accepts.
+    layers, channels are padded with zeros to whole folds, and a layer's block RAMs are the fewest that FINN
+    estimates on its own rung or any faster one. Where block RAMs decide, prices are therefore optimistic
+    against a folding that can be built (by a factor of up to 1.4 in the examples of
+    ``docs/hardware/finn_dataflow.md``, which has both): check a chosen plan with :meth:`folding`, which
+    gives one FINN accepts. A network that does not fit even at PE = SIMD = 1 is priced at that folding's
+    interval times the factor by which it exceeds the device (``extra["device_share"]`` above 1): a penalty
+    that lets searches cross the region, not a prediction.
 
     Args:
         name: of the target.

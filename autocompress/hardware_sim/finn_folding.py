@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.core.errors import InfeasibleBudgetError
-from autocompress.hardware_sim.table import Floats, Ints, LayerTable
+from autocompress.hardware_sim.table import Floats, Ints, LayerTable, ceil_div
 
 DSP_PRODUCT_BITS = 48
 """Sum of operand widths one DSP slice takes in FINN's estimate."""
@@ -75,7 +75,7 @@ def stage_costs(table: LayerTable, pe: Ints, simd: Ints, *, multipliers: str) ->
     """
     rows = _rows(table)
     pe, simd = np.minimum(pe, rows.out_channels), np.minimum(simd, rows.in_group)
-    words = _ceil(rows.out_channels, pe) * rows.window * _ceil(rows.in_group, simd)
+    words = ceil_div(rows.out_channels, pe) * rows.window * ceil_div(rows.in_group, simd)
     window_cycles, window_luts, window_brams = _window_unit(table, pe, simd)
     luts = matrix_luts(
         (pe, simd),
@@ -85,7 +85,7 @@ def stage_costs(table: LayerTable, pe: Ints, simd: Ints, *, multipliers: str) ->
         signed=rows.act_bits == 1,
         multipliers=multipliers,
     )
-    slices = pe * simd * _ceil(rows.weight_bits + rows.act_bits, DSP_PRODUCT_BITS)
+    slices = pe * simd * ceil_div(rows.weight_bits + rows.act_bits, DSP_PRODUCT_BITS)
     return StageCosts(
         cycles=np.maximum(words * rows.pixels, window_cycles),
         luts=luts + window_luts,
@@ -114,7 +114,7 @@ def matrix_luts(
     """
     pe, simd = lanes
     width = weight_bits + act_bits
-    products = simd * (2 * _ceil(width, 6) - 1) * width if multipliers == "lut" else 0
+    products = simd * (2 * ceil_div(width, 6) - 1) * width if multipliers == "lut" else 0
     adders = width * (2 * simd - 1)
     alpha = np.log2(dot_length) + width - 1 - signed
     accumulator = np.minimum(32, np.ceil(alpha + np.log2(1 + np.exp2(-alpha)) + 1))
@@ -126,13 +126,13 @@ def weight_bram18s(width: Ints, words: Ints) -> Ints:
     return np.select(
         [width == 1, width == 2, width <= 4, width <= 9, (width <= 18) | (words > 512)],
         [
-            _ceil(words, 16384),
-            _ceil(words, 8192),
-            _ceil(words, 4096),
-            _ceil(words, 2048),
-            _ceil(words, 1024) * _ceil(width, 18),
+            ceil_div(words, 16384),
+            ceil_div(words, 8192),
+            ceil_div(words, 4096),
+            ceil_div(words, 2048),
+            ceil_div(words, 1024) * ceil_div(width, 18),
         ],
-        default=_ceil(words, 512) * _ceil(width, 36),
+        default=ceil_div(words, 512) * ceil_div(width, 36),
     )
 
 
@@ -230,7 +230,7 @@ def _window_unit(table: LayerTable, pe: Ints, simd: Ints) -> tuple[Ints, Ints, I
     needed = (kernel_h * kernel_w * stride_h * stride_w > 1) & (table.linear[:, None] == 0)
     wide = np.maximum(table.in_w[:, None], (out_w - 1) * stride_w + kernel_w)  # padding is streamed too
     lanes = np.where(depthwise, pe, simd)
-    folds = _ceil(table.in_channels[:, None], lanes)
+    folds = ceil_div(table.in_channels[:, None], lanes)
     first = ((kernel_h - 1) * wide + kernel_w) * folds
     row = np.maximum(out_w * kernel_h * kernel_w * folds, stride_w * wide * folds)
     row = row + np.where(depthwise, out_w * (stride_w - 1) * (folds - 1), 0)
@@ -246,18 +246,14 @@ def _buffer_bram18s(width: Ints, depth: Ints) -> Ints:
     """Block RAMs of a window buffer: columns of the shape its depth allows, the remainder in a wider one."""
     remainder = depth % 16384
     deep = depth > 16384
-    columns = _ceil(width, _column_width(depth))
-    saved = np.where(deep, columns - _ceil(width, _column_width(remainder)), 0)
-    return _ceil(depth, 16384) * columns - saved
+    columns = ceil_div(width, _column_width(depth))
+    saved = np.where(deep, columns - ceil_div(width, _column_width(remainder)), 0)
+    return ceil_div(depth, 16384) * columns - saved
 
 
 def _column_width(depth: Ints) -> Ints:
     limits = (512, 1024, 2048, 4096, 8192)
     return np.select([depth <= limit for limit in limits], (36, 18, 9, 4, 2), default=1)
-
-
-def _ceil(value: Ints, divisor: Ints | int) -> Ints:
-    return -(-value // divisor)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,10 @@ class MacsModel:
     moment, so a residual branch that waits for its addition is not counted.
     """
 
-    name = "macs"
+    name = kind = "macs"
+    mapping = "none: counts"
+    energy_table = "none"
+    batch = 1
     metrics: tuple[Metric, ...] = ("macs", "params", "bitops", "weight_bytes", "peak_memory_bytes")
 
     def __call__(self, graph: LayerGraph) -> Cost:

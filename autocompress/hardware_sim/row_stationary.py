@@ -9,7 +9,7 @@ import numpy as np
 
 from autocompress.core.cost import Metric
 from autocompress.hardware_sim.model import HardwareModel, LayerCosts, refuse
-from autocompress.hardware_sim.table import Floats, Ints, LayerTable
+from autocompress.hardware_sim.table import Floats, Ints, LayerTable, ceil_div
 
 # Energy of one access relative to one MAC: Y.-H. Chen et al., ISCA 2016, table IV, commercial 65 nm process.
 SCRATCH_PAD_PER_MAC = 1.0
@@ -138,16 +138,16 @@ class RowStationary(HardwareModel):
 
     def _array_cycles(self, shape: _Shape, channels: Ints) -> Floats:
         """Cycles of one sample if the buffer never made the array wait."""
-        per_sum = shape.in_group * shape.kernel_w + _ceil(shape.in_group, channels) * self.sum_cycles
-        rounds = shape.groups * shape.kernel_folds * shape.strips * _ceil(shape.out_group, shape.sets)
+        per_sum = shape.in_group * shape.kernel_w + ceil_div(shape.in_group, channels) * self.sum_cycles
+        rounds = shape.groups * shape.kernel_folds * shape.strips * ceil_div(shape.out_group, shape.sets)
         return np.asarray(rounds * shape.out_w * per_sum, dtype=np.float64)
 
     def _buffer_words(self, shape: _Shape, channels: Ints) -> Floats:
         """Words through the global buffer: sums written and read in each pass, activations per refetch."""
-        passes = _ceil(shape.in_group, channels) * shape.kernel_folds
+        passes = ceil_div(shape.in_group, channels) * shape.kernel_folds
         widest = np.maximum(1, self.activation_words // shape.kernel_w)
         filters = np.clip(self.weight_words // (widest * shape.kernel_w), 1, self.sum_words) * shape.sets
-        refetches = _ceil(shape.out_group, filters)
+        refetches = ceil_div(shape.out_group, filters)
         words = 2 * passes * shape.outputs + shape.inputs + shape.strip_inputs * refetches
         return words.astype(np.float64)
 
@@ -160,7 +160,7 @@ class RowStationary(HardwareModel):
         for images in range(1, min(self.batch, MAX_IMAGES) + 1):
             sums = images * shape.strip_out_rows * shape.out_w * word_bytes
             filters = np.maximum(1, ((total - images * strip) // sums).astype(np.int64))
-            activations = shape.strip_inputs * _ceil(shape.out_group, filters) + shape.outputs
+            activations = shape.strip_inputs * ceil_div(shape.out_group, filters) + shape.outputs
             weights = shape.weights * shape.strips * (-(-self.batch // images) / self.batch)
             best = np.minimum(best, activations * kept + weights)
         return best
@@ -213,7 +213,7 @@ class _Shape:
 
     @classmethod
     def of(cls, table: LayerTable, rows: int, columns: int) -> _Shape:
-        strips = _ceil(table.out_h, columns)
+        strips = ceil_div(table.out_h, columns)
         strip_out_rows = np.minimum(table.out_h, columns)
         strip_rows = (strip_out_rows - 1) * table.stride_h + table.kernel_h
         # Padding is read like any activation; a kernel that skips the last columns does not read them.
@@ -224,7 +224,7 @@ class _Shape:
             in_group=table.in_channels // table.groups,
             out_group=table.out_channels // table.groups,
             kernel_w=table.kernel_w,
-            kernel_folds=_ceil(table.kernel_h, rows),
+            kernel_folds=ceil_div(table.kernel_h, rows),
             out_w=table.out_w,
             padded_w=padded_w,
             strips=strips,
@@ -236,7 +236,3 @@ class _Shape:
             outputs=table.out_channels * table.out_h * table.out_w,
             weights=table.kernel_weights,
         )
-
-
-def _ceil(a: Ints, b: Ints | int) -> Ints:
-    return -(-a // b)

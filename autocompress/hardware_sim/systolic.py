@@ -10,7 +10,7 @@ import numpy as np
 from autocompress.core.cost import Metric
 from autocompress.hardware_sim.energy import HOROWITZ, mac_pj
 from autocompress.hardware_sim.model import HardwareModel, LayerCosts, refuse
-from autocompress.hardware_sim.table import Ints, LayerTable
+from autocompress.hardware_sim.table import Ints, LayerTable, ceil_div
 
 DATAFLOWS = ("ws", "os", "is")
 SUM_BITS = 32
@@ -203,7 +203,7 @@ class Systolic(HardwareModel):
             m, k, n: output positions, reduction length and output channels, each of shape (N,).
         """
         rows, columns, streamed = self._dimensions(m, k, n)
-        folds = _ceil(rows, self.rows) * _ceil(columns, self.columns)
+        folds = ceil_div(rows, self.rows) * ceil_div(columns, self.columns)
         return folds * (streamed + self._fill_cycles) - 1
 
     @property
@@ -226,11 +226,11 @@ class Systolic(HardwareModel):
 
     def _folds(self, gemm: _Gemm) -> _Folds:
         rows, columns, streamed = self._dimensions(gemm.m, gemm.k, gemm.n)
-        row_folds, column_folds = _ceil(rows, self.rows), _ceil(columns, self.columns)
+        row_folds, column_folds = ceil_div(rows, self.rows), ceil_div(columns, self.columns)
         if self.dataflow == "os":
             return _Folds(row_folds, column_folds, np.ones_like(row_folds))
         sums = int(self._usable_bits(self.ofmap_sram_kib)) // SUM_BITS
-        blocks = _ceil(streamed, sums // np.minimum(columns, self.columns))
+        blocks = ceil_div(streamed, sums // np.minimum(columns, self.columns))
         # Sums of a single row of folds are complete when they leave the array, so they need no buffer.
         return _Folds(row_folds, column_folds, np.where(row_folds > 1, blocks, 1))
 
@@ -272,7 +272,3 @@ class Systolic(HardwareModel):
         wide = np.maximum(table.weight_bits, table.act_bits) > self.native_bits
         limit = f"{self.name} multiplies integers of 1 to {self.native_bits} bits; give the layer bits"
         refuse((wide, limit), (table.transposed == 1, "a transposed convolution has no im2col mapping here"))
-
-
-def _ceil(a: Ints, b: Ints | int) -> Ints:
-    return -(-a // b)

@@ -101,6 +101,11 @@ class LayerTable:
         return np.asarray((self.groups > 1) & (self.groups == self.in_channels))
 
 
+def ceil_div(value: Ints, divisor: Ints | int) -> Ints:
+    """Quotient rounded up."""
+    return -(-value // divisor)
+
+
 def _row(layer: LayerSpec) -> tuple[int, ...]:
     return (
         *(layer.in_channels, layer.out_channels, layer.groups, *layer.kernel, *layer.stride),

@@ -16,13 +16,17 @@ from markupsafe import Markup
 
 from autocompress.core import Bits, LayerGraph, Metric, Plan
 from autocompress.core.errors import RecipeError
+from autocompress.hardware_sim.finn_dataflow import FinnDataflow
+from autocompress.hardware_sim.macs import MacsModel
 from autocompress.hardware_sim.model import HardwareModel, LayerCosts, UnsupportedLayerError
+from autocompress.hardware_sim.table import Floats
 from autocompress.hardware_sim.target_file import load_target
 from autocompress.pipeline.plots import NUM_COLOURS, Axis, Row, Series, paired_bars, si, xy_chart
 from autocompress.trace import trace
 from autocompress.zoo import build
 
 MAX_PLAN_BYTES = 10_000_000
+_RESOURCES = ("luts", "brams", "dsps")
 
 _COLOURS = ("#1f6fb2", "#d9822b", "#3a8a4d", "#a33b8c", "#b23b3b", "#555555", "#0f8a8a")
 _STYLE = Markup("<style>{}</style>").format(
@@ -37,13 +41,13 @@ class Priced:
     """One network on one machine.
 
     Args:
-        model: the machine.
+        model: the machine, or what counts without one.
         graph: the network.
-        costs: of each layer, per sample.
+        costs: of each layer, per sample; counts are in ``extra`` and have no latency.
         totals: of the network.
     """
 
-    model: HardwareModel
+    model: HardwareModel | MacsModel
     graph: LayerGraph
     costs: LayerCosts
     totals: Mapping[Metric, float]
@@ -53,6 +57,24 @@ class Priced:
         """Component -> picojoules of all layers for one sample; empty when the machine gives none."""
         return {name: float(part.sum()) for name, part in self.costs.energy_pj.items()}
 
+    @property
+    def resources(self) -> dict[str, float]:
+        """LUTs, block RAMs and DSP slices of all layers, where each has hardware of its own."""
+        if not isinstance(self.model, HardwareModel) or self.model.additive:
+            return {}
+        return {n: float(self.costs.extra[n].sum()) for n in _RESOURCES if n in self.costs.extra}
+
+    @property
+    def notes(self) -> list[str]:
+        """What must be known to read the totals."""
+        share = float(self.costs.extra.get("device_share", np.zeros(1)).max())
+        if share <= 1:
+            return []
+        return [
+            f"{self.model.name}: does not fit the device: needs {share:.3g} times what a design may take; "
+            "its figures are for comparing plans, not a prediction"
+        ]
+
     def layer(self, index: int) -> dict[str, Any]:
         """The figures of one layer by name, with their units."""
         spec, costs = self.graph.layers[index], self.costs
@@ -61,8 +83,9 @@ class Priced:
             "macs": spec.macs,
             "weight_bits": spec.bits.weight,
             "act_bits": spec.bits.act,
-            "latency_ms": float(costs.latency_ms[index]),
         }
+        if len(costs.latency_ms):
+            row["latency_ms"] = float(costs.latency_ms[index])
         row |= {f"energy_pj_{name}": float(part[index]) for name, part in costs.energy_pj.items()}
         if len(costs.utilisation):
             row["utilisation"] = float(costs.utilisation[index])
@@ -141,7 +164,7 @@ def price(graph: LayerGraph, targets: Sequence[str], *, batch: int = 1) -> list[
 
     Args:
         graph: with the bits the machines should run.
-        targets: names of bundled targets, or target files.
+        targets: names of bundled targets, target files, or ``macs`` for counts.
         batch: samples priced together; figures are per sample.
 
     Raises:
@@ -152,17 +175,31 @@ def price(graph: LayerGraph, targets: Sequence[str], *, batch: int = 1) -> list[
     if not targets:
         raise RecipeError("name a target; `autocompress list targets` lists those that come with the package")
     priced, faults = [], []
-    for model in [load_target(target, batch=batch) for target in targets]:
+    models = [MacsModel() if t == MacsModel.name else load_target(t, batch=batch) for t in targets]
+    for model in models:
         try:
-            costs = model.graph_costs(graph)
+            priced.append(_counted(model, graph) if isinstance(model, MacsModel) else _priced(model, graph))
         except UnsupportedLayerError as fault:
             faults.append(f"{model.name}: {fault}")
-            continue
-        totals = model.totals(costs, len(graph.layers))
-        priced.append(Priced(model, graph, costs, {metric: float(v[0]) for metric, v in totals.items()}))
     if faults:
         raise UnsupportedLayerError("\n".join(faults))
     return priced
+
+
+def _priced(model: HardwareModel, graph: LayerGraph) -> Priced:
+    costs = model.graph_costs(graph)
+    totals = model.totals(costs, len(graph.layers))
+    return Priced(model, graph, costs, {metric: float(v[0]) for metric, v in totals.items()})
+
+
+def _counted(model: MacsModel, graph: LayerGraph) -> Priced:
+    cost = model(graph)
+    counts: dict[str, Floats] = {
+        metric: np.array([cost.layers[layer.name][metric] for layer in graph.layers])
+        for metric in model.metrics
+        if metric != "macs"  # every table has them
+    }
+    return Priced(model, graph, LayerCosts(np.zeros(0), extra=counts), cost.totals)
 
 
 def rows(priced: Sequence[Priced]) -> list[dict[str, Any]]:
@@ -211,23 +248,24 @@ def as_json(priced: Sequence[Priced]) -> str:
 def table_of(one: Priced) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of texts for one machine; the last row is the total."""
     energy, costs = one.costs.energy_pj, one.costs
-    headings = ["layer", "W/A bits", "MACs", "latency ms", *(f"{name} uJ" for name in energy)]
+    timed = bool(len(costs.latency_ms))
+    counts = costs.extra if isinstance(one.model, MacsModel) else {}
+    headings = ["layer", "W/A bits", "MACs", *["latency ms"] * timed, *(f"{name} uJ" for name in energy)]
+    headings += [name.replace("_", " ") for name in counts]
     headings += ["utilisation"] * bool(len(costs.utilisation)) + ["bound by"] * bool(len(costs.memory_bound))
     body = []
     for index, spec in enumerate(one.graph.layers):
         figures = one.layer(index)
-        row = [
-            spec.name,
-            f"{spec.bits.weight}/{spec.bits.act}",
-            si(spec.macs),
-            f"{figures['latency_ms']:.4g}",
-        ]
+        row = [spec.name, f"{spec.bits.weight}/{spec.bits.act}", si(spec.macs)]
+        row += [f"{figures['latency_ms']:.4g}"] if timed else []
         row += [f"{part[index] * 1e-6:.4g}" for part in energy.values()]
+        row += [si(figures[name]) for name in counts]
         row += [f"{figures['utilisation']:.0%}"] if "utilisation" in figures else []
         body.append([*row, figures["bound_by"]] if "bound_by" in figures else row)
     macs = si(sum(layer.macs for layer in one.graph.layers))
-    total = ["total", "", macs, f"{one.totals['latency_ms']:.4g}"]
+    total = ["total", "", macs, *([f"{one.totals['latency_ms']:.4g}"] if timed else [])]
     total += [f"{value * 1e-6:.4g}" for value in one.energy_pj.values()]
+    total += [si(value) for metric, value in one.totals.items() if metric in counts]
     body.append(total + [""] * (len(headings) - len(total)))
     return headings, body
 
@@ -247,6 +285,21 @@ def totals_of(priced: Sequence[Priced]) -> tuple[list[str], list[list[str]]]:
         ]
         for name in components
     ]
+    if any(isinstance(one.model, FinnDataflow) for one in priced):
+        alone = [
+            one.model.single_image_ms(one.graph) if isinstance(one.model, FinnDataflow) else None
+            for one in priced
+        ]
+        shown = [f"{value:,.4g}" if value is not None else "-" for value in alone]
+        body.append(["one image alone, upper bound (ms)", *shown])
+    body += [
+        [
+            f"{name} of all layers",
+            *(f"{one.resources[name]:,.0f}" if name in one.resources else "-" for one in priced),
+        ]
+        for name in _RESOURCES
+        if name not in metrics and any(name in one.resources for one in priced)
+    ]
     for label, values in (
         ("mapping", [one.model.mapping for one in priced]),
         ("energy table", [one.model.energy_table for one in priced]),
@@ -259,10 +312,13 @@ def write_chart(priced: Sequence[Priced], path: Path) -> None:
     """Write :func:`chart` to a file.
 
     Raises:
-        RecipeError: the file cannot be written.
+        RecipeError: no machine has latencies, or the file cannot be written.
     """
+    timed = [one for one in priced if len(one.costs.latency_ms)]
+    if not timed:
+        raise RecipeError("counts have no latency to plot; name a machine with --target or --compare")
     try:
-        path.write_text(chart(priced), encoding="utf-8")
+        path.write_text(chart(timed), encoding="utf-8")
     except OSError as fault:
         raise RecipeError(f"cannot write {path}: {fault}") from fault
 

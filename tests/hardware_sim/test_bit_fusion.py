@@ -14,6 +14,7 @@ from autocompress.core import Bits, LayerGraph, LayerSpec
 from autocompress.hardware_sim import LayerTable, UnsupportedLayerError
 from autocompress.hardware_sim.bit_fusion import BitFusion
 from autocompress.hardware_sim.target_file import TargetError, load_target, parse_target
+from autocompress.testing import check_cost_model
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "bitfusion.csv"
 BATCH = 16
@@ -344,3 +345,7 @@ def test_bit_widths_that_do_not_halve_are_refused_in_a_target_file() -> None:
     data["constants"] |= {"min_bits": {"value": 3, "source": "test"}}
     with pytest.raises(TargetError, match="powers of two"):
         parse_target(data, source="x.yaml")
+
+
+def test_the_target_keeps_the_laws_of_cost_models(two_layers: LayerGraph) -> None:
+    check_cost_model(load_target("bitfusion"), two_layers)

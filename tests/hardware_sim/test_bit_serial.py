@@ -13,6 +13,7 @@ from autocompress.core import Bits, LayerGraph, LayerSpec
 from autocompress.hardware_sim import LayerTable, UnsupportedLayerError
 from autocompress.hardware_sim.bit_serial import BitSerial
 from autocompress.hardware_sim.target_file import load_target
+from autocompress.testing import check_cost_model
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 BATCH = 16
@@ -215,3 +216,7 @@ def test_every_fault_of_a_network_is_listed_with_its_layers() -> None:
     assert first.startswith("layers 1, 2: bismo-cloud multiplies integers of 1 to 8 bits")
     assert second.startswith("layers 3: ")
     assert "transposed" in second
+
+
+def test_the_target_keeps_the_laws_of_cost_models(two_layers: LayerGraph) -> None:
+    check_cost_model(load_target("bismo-zynq7020"), two_layers)

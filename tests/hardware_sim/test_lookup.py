@@ -21,6 +21,7 @@ from autocompress.hardware_sim.lookup_table import (
     read_table,
 )
 from autocompress.hardware_sim.target_file import TargetError, load_target
+from autocompress.testing import check_cost_model
 
 HEADER = ",".join((*LAYER_COLUMNS, "latency_ms", "energy_mj"))
 OWN = f"""# source: made up for this test
@@ -153,6 +154,11 @@ def test_layers_that_were_not_measured_are_named(own: Path) -> None:
         model(graph)
     with pytest.raises(UnsupportedLayerError, match=r"^layers c: own has no measurement"):
         model.price_plans(LayerGraph(OWN_LAYERS), act_bits={"c": np.array([8, 4, 4])})
+
+
+def test_the_regressed_table_keeps_the_laws_of_cost_models(two_layers: LayerGraph) -> None:
+    model = Lookup("phone", str(GOLDEN / "proxylessnas_mobile.csv"), missing="regress")
+    check_cost_model(model, two_layers)
 
 
 def test_a_block_is_shared_out_by_macs() -> None:

@@ -12,7 +12,7 @@ import pytest
 from autocompress import cli
 from autocompress.core import Bits, LayerGraph, Plan
 from autocompress.core.errors import AutocompressError, RecipeError
-from autocompress.hardware_sim import UnsupportedLayerError
+from autocompress.hardware_sim import MacsModel, UnsupportedLayerError
 from autocompress.hardware_sim.target_file import bundled_targets, load_target
 from autocompress.pipeline.price import (
     as_csv,
@@ -129,6 +129,39 @@ def test_tables_have_a_text_for_every_heading(graph: LayerGraph) -> None:
     assert energy[2] == f"{priced[1].totals['energy_mj']:,.4g}"
 
 
+def test_counts_are_a_target_and_those_of_each_layer_add_up(graph: LayerGraph) -> None:
+    counted, machine = price(changed_graph(graph, bits="8"), ["macs", "xeon-amx"])
+    assert counted.totals == MacsModel()(counted.graph).totals
+    layers = [counted.layer(i) for i in range(len(graph.layers))]
+    for metric in ("macs", "bitops"):
+        assert sum(layer[metric] for layer in layers) == counted.totals[metric]
+    assert max(layer["peak_memory_bytes"] for layer in layers) == counted.totals["peak_memory_bytes"]
+    headings, body = table_of(counted)
+    assert headings == ["layer", "W/A bits", "MACs", "params", "bitops", "weight bytes", "peak memory bytes"]
+    assert {len(row) for row in body} == {len(headings)}
+    assert json.loads(as_json([counted]))[0]["totals"] == counted.totals
+    _, totals = totals_of([counted, machine])
+    assert next(row for row in totals if row[0] == "params")[1:] == [f"{counted.totals['params']:,.4g}", "-"]
+
+
+def test_resources_and_the_time_of_one_image_are_shown_and_a_full_device_is_told(graph: LayerGraph) -> None:
+    fits, machine = price(changed_graph(graph, bits="2"), ["finn-zynq7020", "xeon-amx"])
+    body = {row[0]: row[1:] for row in totals_of([fits, machine])[1]}
+    assert body["luts of all layers"] == [f"{fits.costs.extra['luts'].sum():,.0f}", "-"]
+    alone = load_target("finn-zynq7020").single_image_ms(fits.graph)  # type: ignore[attr-defined]
+    assert body["one image alone, upper bound (ms)"] == [f"{alone:,.4g}", "-"]
+    assert fits.notes == []
+    assert machine.notes == []
+    (large,) = price(
+        changed_graph(traced_graph("resnet56", input_shape=(3, 32, 32), num_classes=10), bits="8"),
+        ["finn-zynq7020"],
+    )
+    share = large.costs.extra["device_share"][0]
+    assert share > 1
+    (note,) = large.notes
+    assert f"does not fit the device: needs {share:.3g} times" in note
+
+
 def test_charts_are_svg_with_a_mark_per_layer_or_machine(graph: LayerGraph) -> None:
     priced = price(changed_graph(graph, bits="8"), ["xeon-amx", "bitfusion"])
     alone = ElementTree.fromstring(chart(priced[:1]))
@@ -176,6 +209,7 @@ def test_the_command_writes_tables_csv_json_and_a_plot(
         (("--target", "xeon-amx", "--bits", "99"), "bits must be"),
         (("--target", "xeon-amx", "--plan", "none.json"), "cannot be applied"),
         (("--target", "xeon-amx", "--plot", "missing/p.svg"), "cannot write"),
+        (("--target", "macs", "--plot", "p.svg"), "counts have no latency to plot"),
     ],
 )
 def test_wrong_arguments_end_with_code_2_and_one_message(
