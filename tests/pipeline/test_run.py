@@ -37,6 +37,7 @@ search: {algorithm: ddpg, num_plans: 8}
 finetune: {epochs: 2, batch_size: 64}
 export: {parity_images: 16, latency_runs: 3}
 """
+NUM_KILLS = 20
 FILES = {
     "report.html",
     "plan.json",
@@ -125,14 +126,19 @@ def test_kill_minus_nine_at_twenty_random_moments_changes_nothing(straight: Path
     start = time.perf_counter()
     subprocess.run([*script, str(recipe), "--out", str(tmp_path / "timed")], check=True, env=environment)
     whole = time.perf_counter() - start
-    cut_short = 0
-    for attempt in range(20):
+    kills = 0
+    for attempt in range(3 * NUM_KILLS):
         folder = tmp_path / f"run-{attempt}"
         process = subprocess.Popen([*script, str(recipe), "--out", str(folder)], env=environment)
-        time.sleep(rng.uniform(0.05, 0.95) * whole)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        cut_short += not (folder / "result.json").exists()
+        delay = rng.uniform(0.05, 0.95) * whole
+        try:
+            process.wait(timeout=delay)
+            whole = delay  # it ended before it was to be killed: the machine is faster than it was
+            continue
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        kills += 1
         again = (
             ["--resume", str(folder)]
             if (folder / "recipe.yaml").exists()
@@ -140,7 +146,9 @@ def test_kill_minus_nine_at_twenty_random_moments_changes_nothing(straight: Path
         )
         subprocess.run([*script, *again], check=True, env=environment)
         assert_same(straight, folder)
-    assert cut_short >= 15
+        if kills == NUM_KILLS:
+            return
+    pytest.fail(f"only {kills} runs could be killed")
 
 
 def test_an_own_network_and_own_data_are_compressed_and_left_alone(tmp_path: Path) -> None:
