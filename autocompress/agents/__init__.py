@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any
 
 from autocompress.agents.actor_critic import DDPGSearch, SACSearch, TD3Search
 from autocompress.agents.baselines import Greedy, RandomSearch, Uniform, least_plans
 from autocompress.core import Search
 from autocompress.core.errors import RecipeError
+from autocompress.core.wording import did_you_mean
 
 __all__ = [
     "SEARCHES",
@@ -49,13 +49,11 @@ def make_search(name: str, settings: Mapping[str, Any]) -> Search:
         (32,)
     """
     if name not in SEARCHES:
-        raise RecipeError(f"no search named {name!r}; {_instead(name, list(SEARCHES))}")
+        raise RecipeError(f"no search named {name!r}{_instead(name, list(SEARCHES))}")
     kind = SEARCHES[name]
     known = [field.name for field in fields(kind)]
     faults = [
-        f"search {name} has no setting {key!r}; {_instead(key, known)}"
-        for key in settings
-        if key not in known
+        f"search {name} has no setting {key!r}{_instead(key, known)}" for key in settings if key not in known
     ]
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in known}
     try:
@@ -68,7 +66,4 @@ def make_search(name: str, settings: Mapping[str, Any]) -> Search:
 
 
 def _instead(word: str, known: list[str]) -> str:
-    close = get_close_matches(str(word), known, n=1)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"it has {', '.join(known)}" if known else "it has none"
+    return did_you_mean(word, known) or f"; there are {', '.join(known) or 'none'}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import math
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from autocompress.core.errors import AutocompressError
+from autocompress.core.wording import did_you_mean
 from autocompress.hardware_sim.model import HardwareModel
 
 MODELS: dict[str, str] = {
@@ -80,7 +80,7 @@ def _find(name: str) -> Path:
             [f"no {MEASURED}.yaml here: every machine measures its own; run `autocompress profile`"]
         )
     known = [file.stem for file in bundled_targets()]
-    raise TargetError([f"no target {name!r}{_did_you_mean(name, known)}; bundled are {', '.join(known)}"])
+    raise TargetError([f"no target {name!r}{did_you_mean(name, known)}; bundled are {', '.join(known)}"])
 
 
 def parse_target(data: Any, *, source: str) -> HardwareModel:
@@ -88,7 +88,7 @@ def parse_target(data: Any, *, source: str) -> HardwareModel:
     if not isinstance(data, Mapping):
         raise TargetError([f"{source}: a target file is a mapping with name, model, about and constants"])
     faults = [
-        f"{source}: unknown key {key!r}{_did_you_mean(str(key), ['name', 'model', 'about', 'constants'])}"
+        f"{source}: unknown key {key!r}{did_you_mean(str(key), ['name', 'model', 'about', 'constants'])}"
         for key in data
         if key not in {"name", "model", "about", "constants"}
     ]
@@ -97,7 +97,7 @@ def parse_target(data: Any, *, source: str) -> HardwareModel:
     ]
     kind, constants = data.get("model"), data.get("constants", {})
     if isinstance(kind, str) and kind not in MODELS:
-        faults.append(f"{source}: model: no model {kind!r}{_did_you_mean(kind, list(MODELS))}")
+        faults.append(f"{source}: model: no model {kind!r}{did_you_mean(kind, list(MODELS))}")
     if not isinstance(constants, Mapping):
         faults.append(f"{source}: constants: must be a mapping of name to {{value, source}}")
     if not isinstance(kind, str) or kind not in MODELS or not isinstance(constants, Mapping):
@@ -123,7 +123,7 @@ def _constants(
     for key, entry in constants.items():
         where = f"{source}: constants.{key}"
         if key not in known:
-            faults.append(f"{where}: unknown constant{_did_you_mean(str(key), list(known))}")
+            faults.append(f"{where}: unknown constant{did_you_mean(str(key), list(known))}")
         elif not isinstance(entry, Mapping) or set(entry) - {"value", "source"} or "value" not in entry:
             faults.append(f"{where}: must be {{value: ..., source: ...}}")
         elif not _text(entry, "source"):
@@ -169,8 +169,3 @@ def _read(path: Path) -> Any:
 
 def _text(data: Mapping[str, Any], key: str) -> bool:
     return isinstance(data.get(key), str) and bool(data[key].strip())
-
-
-def _did_you_mean(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

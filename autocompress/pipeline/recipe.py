@@ -13,7 +13,8 @@ from pydantic import Field, Strict, ValidationInfo, field_validator
 from ruamel.yaml import YAML
 
 from autocompress.core.errors import RecipeError
-from autocompress.pipeline.recipe_check import checked, did_you_mean
+from autocompress.core.wording import did_you_mean
+from autocompress.pipeline.recipe_check import checked
 from autocompress.pipeline.recipe_sections import (
     STAGES,
     Algorithm,

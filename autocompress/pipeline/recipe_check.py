@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from autocompress.core.errors import RecipeError
+from autocompress.core.wording import did_you_mean
 from autocompress.pipeline.recipe_sections import SECTIONS
 from autocompress.pipeline.yaml_marks import Document, Fault, Place
 
@@ -120,7 +120,7 @@ def _fault(model: type[BaseModel], error: ErrorDetails, document: Document) -> F
         return Fault(place.value, f"{name}: required")
     if error["type"] == "extra_forbidden":
         fields = list((SECTIONS[str(loc[0])] if len(loc) > 1 else model).model_fields)
-        guess = did_you_mean(str(loc[-1]), fields) or f"; known are {', '.join(fields)}"
+        guess = did_you_mean(loc[-1], fields) or f"; known are {', '.join(fields)}"
         return Fault(place.key, f"{place.name}: unknown key{guess}")
     return Fault(place.value, f"{place.name}: {_text(error)}")
 
@@ -133,12 +133,6 @@ def _text(error: ErrorDetails) -> str:
         return str(context["error"])
     if error["type"] == "literal_error":
         known = re.findall(r"'([^']*)'", context["expected"])
-        return f"must be one of {', '.join(known)}, got {got}{did_you_mean(str(error['input']), known)}"
+        return f"must be one of {', '.join(known)}, got {got}{did_you_mean(error['input'], known)}"
     rule = _RULES.get(error["type"], error["msg"]).format(**context)
     return f"{rule}, got {got}"
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """``; did you mean X?`` when something known is close to the word, else nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from autocompress.core.errors import DataError, RecipeError
+from autocompress.core.wording import did_you_mean
 from autocompress.training.data import (
     Augment,
     Data,
@@ -23,7 +24,7 @@ from autocompress.training.data import (
     stratified,
 )
 from autocompress.training.files import Arrays, read_cifar10, read_cifar100, read_fashion_mnist, read_folders
-from autocompress.zoo import call_factory, did_you_mean
+from autocompress.zoo import call_factory
 
 # The usual ImageNet figures; the public CIFAR-10 ResNets of the zoo were trained with them too.
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)

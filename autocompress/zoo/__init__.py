@@ -1,6 +1,6 @@
 """Networks by name, and their weights on disk."""
 
-from autocompress.zoo.models import MODELS, build, did_you_mean
+from autocompress.zoo.models import MODELS, build
 from autocompress.zoo.own import call_factory, import_object
 from autocompress.zoo.tensor_file import read_safetensors, write_tensors
 from autocompress.zoo.weights import load_weights, named_tensors, save_weights
@@ -9,7 +9,6 @@ __all__ = [
     "MODELS",
     "build",
     "call_factory",
-    "did_you_mean",
     "import_object",
     "load_weights",
     "named_tensors",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 from torch import nn
 
 from autocompress.core.errors import RecipeError
+from autocompress.core.wording import did_you_mean
 from autocompress.zoo.chains import mobilenet_v1, mobilenet_v2, vgg
 from autocompress.zoo.own import call_factory
 from autocompress.zoo.resnet import ResNet
@@ -78,12 +78,6 @@ def build(name: str, *, num_classes: int, in_channels: int = 3) -> nn.Module:
         f"unknown model {name!r}{did_you_mean(name, MODELS)}; known: {', '.join(MODELS)}, "
         "torchvision:NAME, or pkg.mod:factory for your own"
     )
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint that lists close matches, or an empty string."""
-    close = difflib.get_close_matches(name, list(known))
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def _from_torchvision(name: str, num_classes: int, in_channels: int) -> nn.Module:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import command
 from safetensors.torch import save_file
 
-from autocompress import cli
 from autocompress.pipeline import Recipe, bundled_recipes
 from autocompress.pipeline.run_directory import RunDirectory
 from autocompress.zoo import build
@@ -24,19 +24,6 @@ budgets: {macs: 0.5}
 train: {epochs: 1}
 search: {num_plans: 2, algorithm: random, baselines: []}
 """
-
-
-def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of one call, line breaks of the terminal undone."""
-    before = sys.argv
-    sys.argv = ["autocompress", *words]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    finally:
-        sys.argv = before
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, " ".join(captured.err.split())
 
 
 @pytest.fixture
@@ -80,10 +67,10 @@ WEIGHTS = {"nan.safetensors": nan_weights, "evil.pth": unsafe, "short.safetensor
 @pytest.mark.parametrize(
     ("overrides", "messages"),
     [
-        (["serch.num_plans=3"], ["serch", "did you mean search"]),
-        (["search.num_plan=3", "prune.min_keep=20"], ["did you mean num_plans", "prune.min_keep", "20"]),
+        (["serch.num_plans=3"], ["serch", "did you mean 'search'"]),
+        (["search.num_plan=3", "prune.min_keep=20"], ["did you mean 'num_plans'", "prune.min_keep", "20"]),
         (["search.num_plans=many"], ["search.num_plans", "many"]),
-        (["search.algorithm=dpdg"], ["did you mean ddpg"]),
+        (["search.algorithm=dpdg"], ["did you mean 'ddpg'"]),
         (["search.settings={sigmma: 1}"], ["sigmma"]),
         (["budgets={macs: 0.001}"], ["smallest reachable macs is", "Raise the limit"]),
         (["data={name: cifar10, root: nowhere}"], ["nowhere", "cifar10.npz"]),

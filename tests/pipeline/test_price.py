@@ -3,13 +3,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from commands import command
 
-from autocompress import cli
 from autocompress.core import Bits, LayerGraph, Plan
 from autocompress.core.errors import AutocompressError, RecipeError
 from autocompress.hardware_sim import MacsModel, UnsupportedLayerError
@@ -30,19 +29,6 @@ from autocompress.pipeline.price import (
 @pytest.fixture(scope="module")
 def graph() -> LayerGraph:
     return traced_graph("digits_vgg", input_shape=(1, 8, 8), num_classes=10)
-
-
-def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of one call."""
-    before = sys.argv
-    sys.argv = ["autocompress", *words]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    finally:
-        sys.argv = before
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, " ".join(captured.err.split())
 
 
 def test_totals_are_those_of_the_machine_and_layers_add_up_to_them(graph: LayerGraph) -> None:

@@ -38,15 +38,15 @@ def test_every_fault_is_reported_at_once_in_file_order_with_line_and_column() ->
         "seed: 1\n"
     )
     assert faults_of(text) == [
-        "r.yaml:1:1: nam: unknown key; did you mean name?",
-        "r.yaml:2:22: data.roott: unknown key; did you mean root?",
+        "r.yaml:1:1: nam: unknown key; did you mean 'name'?",
+        "r.yaml:2:22: data.roott: unknown key; did you mean 'root'?",
         "r.yaml:3:17: budgets.macs: budget on macs must be > 0, got 0.0",
         "r.yaml:3:20: budgets.bitops: must be one of macs, params, got 'bitops'",
         "r.yaml:4:7: seed: must be a whole number, got '0'",
         "r.yaml:5:35: train.warmup_epochs: must be < epochs (2), got 5",
         "r.yaml:6:21: search.algorithm: must be one of ddpg, td3, sac, random, uniform, greedy, got 'dppg'; "
-        "did you mean ddpg?",
-        "r.yaml:6:27: search.num_plan: unknown key; did you mean num_plans?",
+        "did you mean 'ddpg'?",
+        "r.yaml:6:27: search.num_plan: unknown key; did you mean 'num_plans'?",
         "r.yaml:6:51: search.num_plans: must be a whole number, got 1.5",
         "r.yaml:7:1: key seed is repeated; keep one of them",
     ]
@@ -201,7 +201,7 @@ def test_wrong_overrides_are_all_reported_by_their_own_text() -> None:
     assert faults_of(SMALL + "seed: 0", *overrides) == [
         "--set model.3=x: '3' must be a position from 0 to 0 in this list",
         "--set prune.min_keep=2: prune.min_keep: must be <= 1, got 2",
-        "--set search.num_plan=5: search.num_plan: unknown key; did you mean num_plans?",
+        "--set search.num_plan=5: search.num_plan: unknown key; did you mean 'num_plans'?",
         "--set seed: an override is written path.to.key=value",
         "--set seed.x=1: seed is 0, which has nothing inside",
         "--set seed=[1: '[1' is not one YAML value; put quotes around text",
@@ -293,7 +293,7 @@ def test_four_recipes_are_bundled_and_each_can_run_alone() -> None:
 def test_bundled_recipes_are_found_with_and_without_ending_and_misspelt_ones_suggested() -> None:
     assert find_recipe("digits") == find_recipe("digits.yaml")
     with pytest.raises(
-        RecipeError, match=r"no recipe 'digts'; did you mean digits\?; bundled are digits, mob"
+        RecipeError, match=r"no recipe 'digts'; did you mean 'digits'\?; bundled are digits, mob"
     ):
         find_recipe("digts")
 

@@ -101,7 +101,7 @@ def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, object], says: str) 
 
 
 def test_an_unknown_data_set_lists_close_names() -> None:
-    with pytest.raises(RecipeError, match="did you mean cifar10"):
+    with pytest.raises(RecipeError, match="did you mean 'cifar10'"):
         load_data("cifar")
 
 
