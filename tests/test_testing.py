@@ -13,6 +13,7 @@ from autocompress.core.graph import ChannelGroup
 from autocompress.envs import ChannelPruningEnv
 from autocompress.testing import (
     ConformanceError,
+    bits_problem,
     check_cost_model,
     check_env,
     check_search,
@@ -180,3 +181,37 @@ def test_impossible_settings_are_refused():
 def test_the_chain_of_these_tests_counts_as_by_hand():
     halved = chain().with_channels({"a": 4}).with_bits({"a": Bits(8, 8), "b": Bits(8, 8)})
     assert Counter()(halved)["macs"] == 16 * 9 * (3 * 4 + 4 * 4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_bits_agree_with_a_numerical_solver(seed):
+    problem, best, uniform = bits_problem(seed, num_layers=3, told=True)
+    price = lambda bits: problem.price(problem.plan(bits))["latency_ms"]  # noqa: E731
+    ones = [price([3 if i == j else 2 for j in range(6)]) - price([2] * 6) for i in range(6)]
+    # A told sensitivity at 2 bits is c / U * (4^-2 - 4^-8).
+    loss = np.array([array[0] / (4.0**-2 - 4.0**-8) for array in problem.sensitivities()])
+    found = minimize(
+        lambda bits: loss @ 4.0**-bits,
+        np.full(6, 3.0),
+        bounds=[(2, 8)] * 6,
+        constraints={"type": "ineq", "fun": lambda bits: 1 - np.dot(ones, bits) / problem.budgets[0].limit},
+        tol=1e-12,
+    )
+    assert math.exp(-found.fun) == pytest.approx(best, abs=1e-6)
+    assert uniform == pytest.approx(math.exp(-(loss @ np.full(6, 4.0**-4)))) == pytest.approx(1 / math.e)
+
+
+def test_told_sensitivities_are_the_losses_that_the_score_shows():
+    problem, *_ = bits_problem(1, num_layers=2, told=True)
+    values = [3, 5, 8, 2]
+    rise = sum(
+        array[knob.choices.index(value)]
+        for array, knob, value in zip(problem.sensitivities(), problem.knobs, values, strict=True)
+    )
+    drop = math.log(problem.evaluate(problem.plan([8] * 4)) / problem.evaluate(problem.plan(values)))
+    assert rise == pytest.approx(drop)
+
+
+def test_impossible_settings_of_the_bit_problem_are_refused():
+    with pytest.raises(ValueError, match="budget between"):
+        bits_problem(0, budget=0.25)

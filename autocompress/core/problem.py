@@ -6,14 +6,18 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autocompress.core.budget import Budget
-from autocompress.core.cost import Cost
+from autocompress.core.cost import Cost, Metric
 from autocompress.core.errors import InfeasibleBudgetError
 from autocompress.core.graph import Bits
 from autocompress.core.plan import Plan
@@ -21,6 +25,7 @@ from autocompress.core.result import Trial
 
 KnobKind = Literal["arch", "channels", "weight_bits", "act_bits"]
 Value = int | str
+_NUM_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Knob:
         name: channel group, layer or architecture choice it belongs to.
         choices: the possible values, cheapest first; the last one leaves the network unchanged.
         features: what an agent may know about the knob before deciding, each in [0, 1].
+        layers: for bits, the layers that share this decision; by default the one of the knob's name.
 
     Raises:
         ValueError: no choices, numeric choices that do not ascend, or a feature outside [0, 1].
@@ -41,6 +47,7 @@ class Knob:
     name: str
     choices: tuple[Value, ...]
     features: tuple[float, ...] = ()
+    layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.choices:
@@ -50,6 +57,16 @@ class Knob:
             raise ValueError(f"choices of knob {self.name!r} must ascend, got {self.choices}")
         if any(not 0 <= f <= 1 for f in self.features):
             raise ValueError(f"features of knob {self.name!r} must lie in [0, 1], got {self.features}")
+
+    @property
+    def is_bits(self) -> bool:
+        """Whether the knob sets bit-widths."""
+        return self.kind in ("weight_bits", "act_bits")
+
+    @property
+    def bit_layers(self) -> tuple[str, ...]:
+        """The layers whose bits the knob sets."""
+        return self.layers or (self.name,) if self.is_bits else ()
 
     def at(self, fraction: float) -> Value:
         """The choice at a fraction in [0, 1]: equal-width bins from the first choice to the last.
@@ -74,9 +91,12 @@ class Problem:
         price: plan -> cost; never higher when a knob moves to an earlier choice.
         evaluate: plan -> score, higher is better, finite. Deterministic.
         identity: text that tells this problem's data and model from others; part of :attr:`digest`.
+        base: what every plan holds beside the knobs' choices: bits of pinned layers, channels pruned before.
+        sensitivities: predicts, without evaluating a plan, how much each choice of each knob raises the
+            loss: one array of shape (choices,) per knob, 0 at the last choice. None when nothing is known.
 
     Raises:
-        ValueError: no knobs, or a budget that is still relative.
+        ValueError: no knobs, two knobs for one decision, or a budget that is still relative.
     """
 
     knobs: tuple[Knob, ...]
@@ -84,20 +104,31 @@ class Problem:
     price: Callable[[Plan], Cost]
     evaluate: Callable[[Plan], float]
     identity: str = ""
+    base: Plan = field(default_factory=Plan)
+    sensitivities: Callable[[], Sequence[NDArray[np.float64]]] | None = None
 
     def __post_init__(self) -> None:
         if not self.knobs:
             raise ValueError("a problem needs at least one knob; nothing in this network can be changed")
+        decided = Counter((k.kind, name) for k in self.knobs for name in (k.bit_layers or (k.name,)))
+        if twice := [f"{kind} of {name!r}" for (kind, name), count in decided.items() if count > 1]:
+            raise ValueError(f"one knob per decision; several set {', '.join(twice)}")
         for budget in self.budgets:
             if budget.relative:
                 raise ValueError(f"budget {budget} is relative; resolve it against the original cost first")
 
     def plan(self, values: Sequence[Value]) -> Plan:
-        """The plan that sets the first ``len(values)`` knobs and leaves the others unchanged."""
-        arch: dict[str, str] = {}
-        channels: dict[str, int] = {}
-        bits: dict[str, dict[str, int]] = {}
-        for knob, value in zip(self.knobs, values, strict=False):
+        """The plan that sets the first ``len(values)`` knobs and leaves the others at their last choices.
+
+        Raises:
+            ValueError: a value that its knob does not offer, or more values than knobs.
+        """
+        if len(values) > len(self.knobs):
+            raise ValueError(f"{len(self.knobs)} knobs take at most as many values, got {len(values)}")
+        arch, channels = dict(self.base.arch), dict(self.base.channels)
+        bits = dict(self.base.bits)
+        unchanged = [knob.choices[-1] for knob in self.knobs[len(values) :]]
+        for knob, value in zip(self.knobs, [*values, *unchanged], strict=True):
             if value not in knob.choices:
                 raise ValueError(f"knob {knob.name!r} offers {knob.choices}, got {value!r}")
             if knob.kind == "arch":
@@ -106,8 +137,9 @@ class Problem:
                 channels[knob.name] = int(value)
             else:
                 side = "weight" if knob.kind == "weight_bits" else "act"
-                bits.setdefault(knob.name, {})[side] = int(value)
-        return Plan(arch, channels, {name: Bits(**sides) for name, sides in bits.items()})
+                for layer in knob.bit_layers:
+                    bits[layer] = replace(bits.get(layer, Bits()), **{side: int(value)})
+        return Plan(arch, channels, bits)
 
     @cached_property
     def smallest(self) -> Cost:
@@ -130,13 +162,25 @@ class Problem:
             faults = [
                 f"budget {b} cannot be met: the smallest reachable {b.metric} is "
                 f"{self.smallest[b.metric]:,.6g} ({self.smallest[b.metric] / self.largest[b.metric]:.1%} "
-                f"of {self.largest[b.metric]:,.6g})"
+                f"of {self.largest[b.metric]:,.6g}){self._held_up_by(b.metric)}"
                 for b in broken
             ]
-            raise InfeasibleBudgetError(
-                "; ".join(faults) + ". Raise the limit, lower the minimum keep ratio or unlock layers."
-            )
+            raise InfeasibleBudgetError("; ".join(faults) + f". Raise the limit, {self._remedy()}.")
         return self.smallest, self.largest
+
+    def _held_up_by(self, metric: Metric) -> str:
+        """The layers with the largest shares of the smallest cost, for the message."""
+        shares = {name: layer.get(metric, 0.0) for name, layer in self.smallest.layers.items()}
+        largest = sorted(shares, key=lambda name: -shares[name])[:_NUM_NAMED]
+        if not largest or shares[largest[0]] <= 0:
+            return ""
+        named = [f"{name} ({shares[name] / self.smallest[metric]:.0%})" for name in largest]
+        return f", held up by {', '.join(named)}"
+
+    def _remedy(self) -> str:
+        if any(knob.is_bits for knob in self.knobs):
+            return "allow fewer bits or unpin layers"
+        return "lower the minimum keep ratio or unlock layers"
 
     def meets_budgets(self, cost: Cost) -> bool:
         """Whether a cost is within every budget."""
@@ -202,5 +246,8 @@ class Problem:
     @cached_property
     def digest(self) -> str:
         """Hash of everything that decides a plan's score and cost; keys the ledger."""
-        knobs = [[k.kind, k.name, list(k.choices)] for k in self.knobs]
-        return hashlib.sha256(json.dumps([knobs, self.identity]).encode()).hexdigest()[:16]
+        knobs = [
+            [k.kind, k.name, list(k.choices), *([list(k.layers)] if k.layers else [])] for k in self.knobs
+        ]
+        base = [] if self.base == Plan() else [self.base.to_json()]
+        return hashlib.sha256(json.dumps([knobs, self.identity, *base]).encode()).hexdigest()[:16]

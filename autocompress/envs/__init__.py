@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gymnasium
 
-from autocompress.envs.channel_pruning import ChannelPruningEnv
-from autocompress.envs.layerwise import LayerwiseEnv, Reward
+from autocompress.envs.channel_pruning import ChannelPruningEnv, Reward
+from autocompress.envs.layerwise import LayerwiseEnv
+from autocompress.envs.mixed_precision import Enforce, MixedPrecisionEnv, swept
 
-__all__ = ["ChannelPruningEnv", "LayerwiseEnv", "Reward"]
+__all__ = ["ChannelPruningEnv", "Enforce", "LayerwiseEnv", "MixedPrecisionEnv", "Reward", "swept"]
 
 gymnasium.register("autocompress/ChannelPruning-v0", "autocompress.envs.channel_pruning:ChannelPruningEnv")
+gymnasium.register("autocompress/MixedPrecision-v0", "autocompress.envs.mixed_precision:MixedPrecisionEnv")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal, get_args
+
 import numpy as np
 from gymnasium.spaces import Box
 
-from autocompress.core import Problem
-from autocompress.envs.layerwise import LayerwiseEnv, Reward, Vector
+from autocompress.core import Metric, Problem, Trial
+from autocompress.envs.layerwise import LayerwiseEnv, Vector
 
+Reward = Literal["resource", "accuracy_guaranteed"]
 _NUM_STATIC = 8
 
 
@@ -55,7 +59,8 @@ class ChannelPruningEnv(LayerwiseEnv):
 
     ## Information
     Every step: ``value`` (the choice taken) and ``bounded_action`` (float in [-1, 1]). The last step adds
-    ``trial`` (plan, score, cost) and ``is_success`` (the plan meets every budget: always true).
+    ``trial`` (plan, score, cost), ``is_success`` (the plan meets every budget: always true), and, for all
+    knobs, ``values`` (tuple) and ``bounded_actions`` (float array).
 
     ## Arguments
     Args:
@@ -84,7 +89,11 @@ class ChannelPruningEnv(LayerwiseEnv):
     """
 
     def __init__(self, problem: Problem, *, reward: Reward = "resource") -> None:
-        super().__init__(problem, reward=reward)
+        if reward not in get_args(Reward):
+            raise ValueError(f"reward must be one of {', '.join(get_args(Reward))}, got {reward!r}")
+        super().__init__(problem)
+        if reward == "accuracy_guaranteed":
+            problem.largest["macs"]  # raises with the metrics there are
         wrong = [f"{k.name!r} has {len(k.features)}" for k in problem.knobs if len(k.features) != _NUM_STATIC]
         if wrong:
             raise ValueError(
@@ -92,6 +101,8 @@ class ChannelPruningEnv(LayerwiseEnv):
                 + ", ".join(wrong)
             )
         self.observation_space = Box(0.0, 1.0, (_NUM_STATIC + 3,), np.float32)
+        self._reward: Reward = reward
+        self._metric: Metric = problem.budgets[0].metric if problem.budgets else "macs"
         self._original = problem.largest[self._metric]
         self._rest = [self._removable_after(t) for t in range(len(problem.knobs))]
 
@@ -100,12 +111,13 @@ class ChannelPruningEnv(LayerwiseEnv):
         problem, values = self.problem, self._values
         t = min(len(values), len(problem.knobs) - 1)
         reduced = self._removed_by(values)
-        before = 1.0
-        if values:
-            choices = problem.knobs[len(values) - 1].choices
-            before = choices.index(values[-1]) / max(len(choices) - 1, 1)
-        state = np.array([*problem.knobs[t].features, reduced, self._rest[t], before], np.float32)
+        state = np.array([*problem.knobs[t].features, reduced, self._rest[t], self.last_choice], np.float32)
         return np.clip(state, 0.0, 1.0)  # the shares can miss [0, 1] by a rounding error
+
+    def reward_of(self, trial: Trial) -> float:
+        """As in the class's table."""
+        error = 1 - trial.score
+        return -error if self._reward == "resource" else -error * math.log(trial.cost["macs"])
 
     def _removed_by(self, values: list[int | str]) -> float:
         if not values:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Literal, get_args
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -12,43 +12,47 @@ from gymnasium.error import ResetNeeded
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from autocompress.core import Metric, Problem, Trial, Value
+from autocompress.core import Knob, Problem, Trial, Value
 
-Reward = Literal["resource", "accuracy_guaranteed"]
 Vector = NDArray[np.float32]
 
 
 class LayerwiseEnv(gymnasium.Env[Vector, Vector], ABC):
     """Steps through the knobs of a problem; every finished episode meets every budget.
 
-    A subclass says what the agent sees: it sets ``observation_space`` and implements :meth:`observe`.
-    Actions, bounds, ending and rewards are here; see :class:`ChannelPruningEnv` for the contract.
+    A subclass says what the agent sees and what it earns: it sets ``observation_space`` and implements
+    :meth:`observe` and :meth:`reward_of`. Actions, bounds and ending are here; see
+    :class:`ChannelPruningEnv` for the contract.
 
     Args:
         problem: knobs, budgets, price and score.
-        reward: ``resource`` or ``accuracy_guaranteed``.
 
     Raises:
         InfeasibleBudgetError: no plan of the problem meets its budgets.
-        ValueError: unknown reward, or ``accuracy_guaranteed`` on a problem whose price lacks ``macs``.
     """
 
-    def __init__(self, problem: Problem, *, reward: Reward = "resource") -> None:
-        if reward not in get_args(Reward):
-            raise ValueError(f"reward must be one of {', '.join(get_args(Reward))}, got {reward!r}")
-        _, largest = problem.reachable()
-        if reward == "accuracy_guaranteed":
-            largest["macs"]  # raises with the metrics there are
+    def __init__(self, problem: Problem) -> None:
+        problem.reachable()
         self.problem = problem
         self.action_space = Box(-1.0, 1.0, (1,), np.float32)
-        self._reward: Reward = reward
-        self._metric: Metric = problem.budgets[0].metric if problem.budgets else "macs"
         self._values: list[Value] = []
         self._num_episodes = 0
 
     @abstractmethod
     def observe(self) -> Vector:
         """What the agent sees before it decides the next knob (the last one, once all are decided)."""
+
+    @abstractmethod
+    def reward_of(self, trial: Trial) -> float:
+        """The reward of the last step."""
+
+    @property
+    def last_choice(self) -> float:
+        """The previous choice as a number in [0, 1]: its index over the last index; 1 at the start."""
+        if not self._values:
+            return 1.0
+        choices = self.problem.knobs[len(self._values) - 1].choices
+        return choices.index(self._values[-1]) / max(len(choices) - 1, 1)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -75,16 +79,32 @@ class LayerwiseEnv(gymnasium.Env[Vector, Vector], ABC):
         wanted = float(np.asarray(action).reshape(1)[0])
         if math.isnan(wanted):
             raise ValueError(f"the action for knob {knob.name!r} must be a number in [-1, 1], got NaN")
-        value = self.problem.clip(self._values, knob.at((wanted + 1) / 2))
+        value = self._bounded(knob.at((wanted + 1) / 2))
         self._values.append(value)
-        info: dict[str, Any] = {"value": value, "bounded_action": 2 * knob.fraction_of(value) - 1}
+        info: dict[str, Any] = {"value": value, "bounded_action": _action(knob, value)}
         if len(self._values) < len(knobs):
             return self.observe(), 0.0, False, False, info
+        self._values = self._repaired()
         trial = self.problem.assess(self._values, index=self._num_episodes, source="episode")
         self._num_episodes += 1
-        info |= {"trial": trial, "is_success": self.problem.meets_budgets(trial.cost)}
-        return self.observe(), self._reward_of(trial), True, False, info
+        actions = [_action(k, v) for k, v in zip(knobs, self._values, strict=True)]
+        info |= {
+            "trial": trial,
+            "is_success": self.problem.meets_budgets(trial.cost),
+            "values": tuple(self._values),
+            "bounded_actions": np.array(actions, np.float32),
+        }
+        return self.observe(), self.reward_of(trial), True, False, info
 
-    def _reward_of(self, trial: Trial) -> float:
-        error = 1 - trial.score
-        return -error if self._reward == "resource" else -error * math.log(trial.cost["macs"])
+    def _bounded(self, wanted: Value) -> Value:
+        """The choice to take when the agent wants this one of the next knob."""
+        return self.problem.clip(self._values, wanted)
+
+    def _repaired(self) -> list[Value]:
+        """The choices to assess once all are taken; within every budget."""
+        return self._values
+
+
+def _action(knob: Knob, value: Value) -> float:
+    """The action in [-1, 1] that asks for exactly this choice."""
+    return 2 * knob.fraction_of(value) - 1

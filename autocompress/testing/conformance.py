@@ -1,4 +1,4 @@
-"""Conformance checks for cost models, searches and environments, and a problem with a known optimum."""
+"""Conformance checks for cost models, searches and environments."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from numpy.typing import NDArray
 
 from autocompress.core import (
     Bits,
-    Budget,
-    Cost,
     CostModel,
-    Knob,
     LayerGraph,
     Metric,
     Plan,
@@ -27,11 +24,10 @@ from autocompress.core import (
     Search,
     SearchResult,
     Trial,
-    Value,
 )
+from autocompress.testing.closed_forms import bits_problem, waterfilling_problem
 
 _ADDITIVE: tuple[Metric, ...] = ("macs", "bitops")
-_LOWEST_PERCENT = 20
 
 
 class ConformanceError(AssertionError):
@@ -44,91 +40,6 @@ class ConformanceError(AssertionError):
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = tuple(faults)
         super().__init__("\n".join(faults))
-
-
-def waterfilling_problem(
-    seed: int, num_layers: int = 14, budget: float = 0.5
-) -> tuple[Problem, float, float]:
-    """A channel problem whose best score is known in closed form.
-
-    Layer ``l`` keeps the share ``a`` of its channels, costs ``f_l * a`` MACs and adds ``k_l * (1/a - 1)``
-    to a loss; the score is ``exp(-loss / U)``. By the Karush-Kuhn-Tucker conditions the best shares are
-    ``clip(sqrt(k_l / (lambda * f_l)), 0.2, 1)`` with lambda such that the budget is spent. ``U`` makes the
-    uniform plan score ``1/e``. The knobs offer whole percents from 20 to 100.
-
-    The knobs' eight features are the facts of a made-up network of 3x3 and 5x5 convolutions, from which
-    ``f_l`` follows. The sensitivities ``k_l`` are drawn independently: no feature tells them, so an agent
-    must learn them from scores.
-
-    Args:
-        seed: draws the layers; equal seeds give equal problems.
-        num_layers: number of knobs.
-        budget: share of all MACs that may remain, above 0.2 and below 1.
-
-    Returns:
-        The problem, the best score over real-valued shares (no plan scores higher), and the score of the
-        uniform plan at the real-valued share ``budget``, which is 1/e.
-
-    Raises:
-        ValueError: fewer than two layers, or a budget out of range.
-    """
-    if num_layers < 2 or not _LOWEST_PERCENT / 100 < budget < 1:
-        raise ValueError(
-            f"need num_layers >= 2 and a budget between {_LOWEST_PERCENT / 100} and 1, "
-            f"got {num_layers} and {budget}"
-        )
-    rng = np.random.default_rng(seed)
-    features, macs = _made_up_layers(rng, num_layers)
-    sensitivity = rng.lognormal(0.0, 0.9, num_layers)
-    unit = float(sensitivity.sum()) * (1 / budget - 1)
-    names = [f"conv{i}" for i in range(num_layers)]
-
-    def kept(plan: Plan) -> NDArray[np.float64]:
-        return np.array([plan.channels.get(name, 100) for name in names]) / 100
-
-    def price(plan: Plan) -> Cost:
-        return Cost({"macs": float(macs @ kept(plan))})
-
-    def evaluate(plan: Plan) -> float:
-        return math.exp(-float(sensitivity @ (1 / kept(plan) - 1)) / unit)
-
-    knobs = tuple(
-        Knob("channels", name, tuple(range(_LOWEST_PERCENT, 101)), tuple(row))
-        for name, row in zip(names, features.tolist(), strict=True)
-    )
-    limit = Budget("macs", budget * float(macs.sum()), relative=False)
-    problem = Problem(knobs, (limit,), price, evaluate, f"water-filling {seed} {num_layers} {budget}")
-    best = _waterfilling_shares(sensitivity, macs, limit.limit)
-    return problem, math.exp(-float(sensitivity @ (1 / best - 1)) / unit), math.exp(-1)
-
-
-def _made_up_layers(
-    rng: np.random.Generator, num_layers: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Features (num_layers, 8) in [0, 1] and MACs (num_layers,) of four stages of convolutions."""
-    index = np.arange(num_layers)
-    stage = 4 * index // num_layers
-    size = 32 / 2.0**stage
-    out = np.round(32 * 2.0**stage * rng.lognormal(0.0, 0.25, num_layers))
-    inputs = np.concatenate([[16.0], out[:-1]])
-    stride = np.concatenate([[1.0], 1.0 + np.diff(stage)])
-    kernel = rng.choice([3.0, 5.0], num_layers)
-    macs = inputs * out * kernel**2 * size**2
-    columns = np.stack([index, out, inputs, size * stride, size * stride, stride, kernel, macs], axis=1)
-    return columns / columns.max(axis=0), macs
-
-
-def _waterfilling_shares(
-    sensitivity: NDArray[np.float64], macs: NDArray[np.float64], limit: float
-) -> NDArray[np.float64]:
-    """The optimal shares, by bisection of the multiplier on a logarithmic scale."""
-    ratio = np.sqrt(sensitivity / macs)
-    low, high = float(ratio.min()), float(ratio.max()) / (_LOWEST_PERCENT / 100)
-    for _ in range(200):
-        root = math.sqrt(low * high)  # square root of lambda: the larger, the fewer channels are kept
-        shares = np.clip(ratio / root, _LOWEST_PERCENT / 100, 1.0)
-        low, high = (root, high) if float(macs @ shares) > limit else (low, root)
-    return np.clip(ratio / high, _LOWEST_PERCENT / 100, 1.0)
 
 
 def check_cost_model(model: CostModel, graph: LayerGraph) -> None:
@@ -198,13 +109,21 @@ def check_search(search: Search, problem: Problem | None = None, *, num_plans: i
 
     Args:
         search: the search.
-        problem: what to run it on; by default a water-filling problem of four knobs.
+        problem: what to run it on; by default a water-filling problem of four knobs and, after it, a
+            bit-width problem of four.
         num_plans: evaluations it may use.
 
     Raises:
         ConformanceError: names every law broken.
     """
-    problem = problem or waterfilling_problem(0, num_layers=4)[0]
+    if problem is None:
+        problems = [waterfilling_problem(0, num_layers=4)[0], bits_problem(0, num_layers=2)[0]]
+    else:
+        problems = [problem]
+    _raise_if([fault for given in problems for fault in _faults_of_search(search, given, num_plans)])
+
+
+def _faults_of_search(search: Search, problem: Problem, num_plans: int) -> list[str]:
     calls: list[Plan] = []
     seen: list[Trial] = []
 
@@ -216,14 +135,13 @@ def check_search(search: Search, problem: Problem | None = None, *, num_plans: i
     result = search(replace(problem, evaluate=counted), num_plans=num_plans, seed=1, callbacks=[seen.append])
     untouched = _global_random_state() == before
     again = search(problem, num_plans=num_plans, seed=1)
-    faults = _faults_of_trials(problem, result)
     rules = [
         (len(calls) <= num_plans, f"evaluated {len(calls)} plans, was allowed {num_plans}"),
         (seen == list(result.trials), "callbacks must see every trial once, in order"),
         (_outcome(result) == _outcome(again), "two runs with equal seeds must try equal plans"),
         (untouched, "the global random state must not change; use a generator made from the seed"),
     ]
-    _raise_if([*faults, *(fault for holds, fault in rules if not holds)])
+    return [*_faults_of_trials(problem, result), *(fault for holds, fault in rules if not holds)]
 
 
 def _global_random_state() -> tuple[Any, ...]:
@@ -286,35 +204,33 @@ def check_env(env: gymnasium.Env[Any, Any], *, num_episodes: int = 10) -> None:
 def _faults_of_episode(
     env: gymnasium.Env[Any, Any], problem: Problem, wish: NDArray[np.float64]
 ) -> list[str]:
-    values, bounded, info = _played(env, wish)
+    steps, info = _played(env, wish)
+    if steps != len(problem.knobs):
+        return [f"an episode has one step per knob ({len(problem.knobs)}), got {steps}"]
+    if missing := [key for key in ("values", "bounded_actions") if key not in info]:
+        return [f"the last step's info must hold {' and '.join(missing)}"]
+    plan, bounded = problem.plan(info["values"]), info["bounded_actions"]
     faults = []
-    if len(values) != len(problem.knobs):
-        return [f"an episode has one step per knob ({len(problem.knobs)}), got {len(values)}"]
-    plan = problem.plan(values)
     if not problem.meets_budgets(problem.price(plan)):
         faults.append(f"actions {wish.tolist()} end over budget")
     if "trial" not in info or info["trial"].plan != plan:
         faults.append("the last step's info must hold the trial of the plan played")
-    if _played(env, bounded)[0] != values:
-        faults.append(f"replaying the bounded actions {bounded} must give the same plan")
+    if _played(env, bounded)[1].get("values") != info["values"]:
+        faults.append(f"replaying the bounded actions {bounded.tolist()} must give the same plan")
     return faults
 
 
 def _played(
     env: gymnasium.Env[Any, Any], wish: Sequence[float] | NDArray[np.float64]
-) -> tuple[list[Value], list[float], dict[str, Any]]:
-    """Values, bounded actions and last info of one episode."""
+) -> tuple[int, dict[str, Any]]:
+    """Number of steps and last info of one episode."""
     env.reset()
-    values: list[Value] = []
-    bounded: list[float] = []
     info: dict[str, Any] = {}
-    for action in wish:
+    for step, action in enumerate(wish, start=1):
         _, _, ended, _, info = env.step(np.array([action], np.float32))
-        values.append(info["value"])
-        bounded.append(info["bounded_action"])
         if ended:
-            break
-    return values, bounded, info
+            return step, info
+    return len(wish), info
 
 
 def _raise_if(faults: Sequence[str]) -> None:
