@@ -1,0 +1,24 @@
+"""Quantisation: grids, calibration, the fast network of a search, and the Brevitas network of training.
+
+Importing this package loads no Brevitas; :func:`quantize` does.
+"""
+
+from autocompress.quant.brevitas_network import quantize
+from autocompress.quant.calibration import Calibration, QuantSettings
+from autocompress.quant.grids import Grid
+from autocompress.quant.ranges import RANGE_METHODS, RangeMethod, clip_thresholds
+from autocompress.quant.skeleton import INNER_BITS, Skeleton
+from autocompress.quant.tables import QuantTables
+
+__all__ = [
+    "INNER_BITS",
+    "RANGE_METHODS",
+    "Calibration",
+    "Grid",
+    "QuantSettings",
+    "QuantTables",
+    "RangeMethod",
+    "Skeleton",
+    "clip_thresholds",
+    "quantize",
+]
