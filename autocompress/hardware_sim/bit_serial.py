@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from autocompress.core.cost import Metric
 from autocompress.hardware_sim.model import HardwareModel, LayerCosts, refuse
-from autocompress.hardware_sim.table import Floats, LayerTable
+from autocompress.hardware_sim.table import LayerTable
 
 # BISMO.scala estimateResources: one dot-product unit takes 1.17 LUTs per bit of its width and 44.1 more,
 # its accumulator and result register 120.1.
@@ -129,12 +129,10 @@ class BitSerial(HardwareModel):
             extra=extra | {"cycles": cycles},
         )
 
-    def totals(self, costs: LayerCosts, num_layers: int) -> dict[Metric, Floats]:
-        """Costs of whole networks; the machine's resources are the same for every one of them."""
-        totals = super().totals(costs, num_layers)
-        totals["luts"] = np.full_like(totals["latency_ms"], self.luts)
-        totals["brams"] = np.full_like(totals["latency_ms"], self.brams)
-        return totals
+    @property
+    def resources(self) -> dict[Metric, float]:
+        """Of the array, whatever runs on it."""
+        return {"luts": self.luts, "brams": self.brams}
 
     def _share_words(
         self, table: LayerTable, taps: NDArray[np.int64]

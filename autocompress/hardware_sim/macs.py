@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from autocompress.core.cost import Cost, Metric
 from autocompress.core.graph import LayerGraph, LayerSpec
+from autocompress.hardware_sim.layerwise import LayerwiseModel
 from autocompress.hardware_sim.table import Floats, LayerTable
 
 
-class MacsModel:
+class MacsModel(LayerwiseModel):
     """Counts ``macs``, ``params``, ``bitops``, ``weight_bytes`` and ``peak_memory_bytes`` of one sample.
 
     ``macs`` counts convolution and linear layers (1 MAC = 2 FLOPs). ``params`` counts every parameter of
@@ -46,32 +47,35 @@ class MacsModel:
         costs = [self(graph) for graph in graphs]
         return {metric: np.array([cost[metric] for cost in costs]) for metric in self.metrics}
 
-    def price_plans(
-        self, graph: LayerGraph, **choices: Mapping[str, NDArray[np.int64]]
-    ) -> dict[Metric, Floats]:
-        """Totals of P variants of one graph; arguments as for :meth:`.LayerTable.of_plans`."""
-        table = LayerTable.of_plans(graph, **choices)
-        shape = (-1, len(graph.layers))
+    def layer_parts(self, table: LayerTable) -> dict[Metric, Floats]:
+        """Counts of every layer, shape (N,)."""
         weights = table.kernel_weights * table.owns_weights
         biases = table.bias * table.out_channels * table.owns_weights
         values = table.in_channels * table.in_h * table.in_w + table.out_channels * table.out_h * table.out_w
-        sizes = {
-            name: np.asarray(size) for name, size in (graph.sizes | dict(choices.get("sizes", {}))).items()
+        parts: dict[Metric, NDArray[np.int64] | Floats] = {
+            "macs": table.macs,
+            "params": weights + biases,
+            "bitops": table.macs * table.weight_bits * table.act_bits,
+            "weight_bytes": weights * table.weight_bits / 8 + 4.0 * biases,
+            "peak_memory_bytes": values * table.act_bits / 8,
         }
-        other = np.asarray(graph.other_params.fixed)
-        for group, times in graph.other_params.terms:
-            other = other + times * sizes[group]
+        return {metric: part.astype(np.float64) for metric, part in parts.items()}
 
-        def total(per_layer: NDArray[np.int64] | Floats) -> Floats:
-            return np.asarray(per_layer.reshape(shape).sum(axis=1), dtype=np.float64)
+    def combined(self, parts: Mapping[Metric, Floats], other_params: Floats) -> dict[Metric, Floats]:
+        """Sums over the layers, of the peak the maximum; other parameters have 4 bytes each."""
+        totals = {metric: part.sum(axis=1) for metric, part in parts.items()}
+        totals["params"] = totals["params"] + other_params
+        totals["weight_bytes"] = totals["weight_bytes"] + 4.0 * other_params
+        return totals | {"peak_memory_bytes": parts["peak_memory_bytes"].max(axis=1)}
 
-        return {
-            "macs": total(table.macs),
-            "params": total(weights + biases) + other,
-            "bitops": total(table.macs * table.weight_bits * table.act_bits),
-            "weight_bytes": total(weights * table.weight_bits / 8 + 4.0 * biases) + 4.0 * other,
-            "peak_memory_bytes": (values * table.act_bits / 8).reshape(shape).max(axis=1),
-        }
+    def beyond_layers(self, graph: LayerGraph) -> dict[Metric, float]:
+        """Parameters outside the layers, such as those of normalisation."""
+        other = float(graph.other_params.at(graph.sizes))
+        return {"macs": 0.0, "params": other, "bitops": 0.0, "weight_bytes": 4.0 * other}
+
+    def _priced(self, graph: LayerGraph, table: LayerTable, other_params: Floats) -> dict[Metric, Floats]:
+        parts = self.layer_parts(table)
+        return self.combined({m: p.reshape(-1, len(graph.layers)) for m, p in parts.items()}, other_params)
 
 
 def _layer_cost(layer: LayerSpec) -> dict[Metric, float]:

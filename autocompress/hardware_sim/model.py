@@ -8,7 +8,7 @@ total is not the sum over layers (a pipeline) :meth:`HardwareModel.totals`.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -17,51 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.core.cost import Cost, Metric
-from autocompress.core.errors import AutocompressError
-from autocompress.core.graph import LayerGraph, LayerSpec
+from autocompress.core.graph import LayerGraph
+from autocompress.hardware_sim.layerwise import LayerwiseModel, UnsupportedLayerError, refuse
 from autocompress.hardware_sim.table import Floats, LayerTable
 
-LISTED = 20
-
-
-class UnsupportedLayerError(AutocompressError):
-    """A target cannot run some layers: their kind, bits or size; every fault is listed.
-
-    Args:
-        faults: pairs of the layers' indices and the rule they break, or a text about the whole network.
-        names: what the layers are called; their indices when absent.
-    """
-
-    def __init__(self, faults: Sequence[tuple[Sequence[int], str]] | str, names: Sequence[str] = ()) -> None:
-        self.faults = () if isinstance(faults, str) else tuple(faults)
-        lines = [faults] if isinstance(faults, str) else []
-        for indices, rule in self.faults:
-            shown = [names[i] if names else str(i) for i in indices[:LISTED]]
-            more = f", ... ({len(indices)} in all)" if len(indices) > LISTED else ""
-            lines.append(f"layers {', '.join(shown)}{more}: {rule}")
-        super().__init__("\n".join(lines))
-
-    def named(self, layers: Sequence[LayerSpec]) -> UnsupportedLayerError:
-        """The same faults with layers called by name; indices count over networks of these layers."""
-        if not self.faults:
-            return self
-        names = [layer.name for layer in layers]
-        faults = [(sorted({i % len(names) for i in indices}), rule) for indices, rule in self.faults]
-        return UnsupportedLayerError(faults, names)
-
-
-def refuse(*rules: tuple[NDArray[np.bool_], str]) -> None:
-    """Check layers against rules.
-
-    Args:
-        rules: pairs of a bool array of shape (N,), true where the rule is broken, and the rule in words.
-
-    Raises:
-        UnsupportedLayerError: some layer breaks a rule; lists every fault.
-    """
-    faults = [(np.flatnonzero(broken).tolist(), rule) for broken, rule in rules if broken.any()]
-    if faults:
-        raise UnsupportedLayerError(faults)
+__all__ = ["HardwareModel", "LayerCosts", "UnsupportedLayerError", "refuse"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +43,7 @@ class LayerCosts:
     extra: Mapping[str, Floats] = field(default_factory=dict)
 
 
-class HardwareModel(ABC):
+class HardwareModel(LayerwiseModel):
     """A cost model of one machine; deterministic, and never cheaper for a larger network.
 
     Subclasses are frozen dataclasses whose fields are the machine's constants, with the unit in the name
@@ -95,8 +55,6 @@ class HardwareModel(ABC):
         mapping: how layers are laid onto the machine, in words.
         energy_table: which constants the energy comes from, in words; energies of different tables must not
             be compared.
-        additive: whether a layer costs the same in every network, and a network the sum of its layers.
-        plans_at_once: plans priced together, so that arrays stay in the processor's cache.
         name: of the target.
         batch: samples priced together; figures are per sample.
     """
@@ -105,8 +63,6 @@ class HardwareModel(ABC):
     metrics: ClassVar[tuple[Metric, ...]]
     mapping: ClassVar[str]
     energy_table: ClassVar[str] = "none"
-    additive: ClassVar[bool] = True
-    plans_at_once: ClassVar[int] = 2000
     name: str
     batch: int
 
@@ -142,6 +98,21 @@ class HardwareModel(ABC):
         except UnsupportedLayerError as fault:
             raise fault.named(graph.layers) from None
 
+    @property
+    def resources(self) -> dict[Metric, float]:
+        """What the machine itself takes, the same for every network."""
+        return {}
+
+    def layer_parts(self, table: LayerTable) -> dict[Metric, Floats]:
+        """Latency and, where the model has it, energy of every layer, shape (N,)."""
+        return _parts(self.layer_costs(table))
+
+    def combined(self, parts: Mapping[Metric, Floats], other_params: Floats) -> dict[Metric, Floats]:
+        """Sums over the layers, and the machine's resources."""
+        totals = {metric: part.sum(axis=1) for metric, part in parts.items()}
+        num_networks = len(totals["latency_ms"])
+        return totals | {metric: np.full(num_networks, value) for metric, value in self.resources.items()}
+
     def totals(self, costs: LayerCosts, num_layers: int) -> dict[Metric, Floats]:
         """Costs of whole networks: metric -> array of shape (N / num_layers,).
 
@@ -149,23 +120,21 @@ class HardwareModel(ABC):
             costs: of P networks of ``num_layers`` layers each, one after the other.
             num_layers: layers per network.
         """
-        shape = (-1, num_layers)
-        totals: dict[Metric, Floats] = {"latency_ms": costs.latency_ms.reshape(shape).sum(axis=1)}
-        if costs.energy_pj:
-            picojoules = sum(part.reshape(shape).sum(axis=1) for part in costs.energy_pj.values())
-            totals["energy_mj"] = np.asarray(picojoules) * 1e-9
-        return totals
+        parts = {metric: part.reshape(-1, num_layers) for metric, part in _parts(costs).items()}
+        return self.combined(parts, np.zeros(1))
+
+    def _priced(self, graph: LayerGraph, table: LayerTable, other_params: Floats) -> dict[Metric, Floats]:
+        return self.totals(self._named_costs(table, graph), len(graph.layers))
 
     def __call__(self, graph: LayerGraph) -> Cost:
         """The cost of one network, with the share of every layer."""
         costs = self.graph_costs(graph)
         totals = {metric: float(v[0]) for metric, v in self.totals(costs, len(graph.layers)).items()}
-        picojoules = sum(costs.energy_pj.values()) if costs.energy_pj else None
-        layers: dict[str, dict[Metric, float]] = {}
-        for i, layer in enumerate(graph.layers):
-            layers[layer.name] = {"latency_ms": float(costs.latency_ms[i])}
-            if picojoules is not None:
-                layers[layer.name]["energy_mj"] = float(np.asarray(picojoules)[i]) * 1e-9
+        parts = _parts(costs)
+        layers: dict[str, dict[Metric, float]] = {
+            layer.name: {metric: float(part[i]) for metric, part in parts.items()}
+            for i, layer in enumerate(graph.layers)
+        }
         return Cost(totals, layers)
 
     def price_many(self, graphs: Sequence[LayerGraph]) -> dict[Metric, Floats]:
@@ -177,17 +146,9 @@ class HardwareModel(ABC):
         priced = [self(graph) for graph in graphs]
         return {m: np.array([cost[m] for cost in priced]) for m in (priced[0].totals if priced else ())}
 
-    def price_plans(
-        self, graph: LayerGraph, **choices: Mapping[str, NDArray[np.int64]]
-    ) -> dict[Metric, Floats]:
-        """Totals of P variants of one graph; arguments as for :meth:`LayerTable.of_plans`."""
-        num_plans = next((len(v) for group in choices.values() for v in group.values()), 1)
-        parts = []
-        for start in range(0, num_plans, self.plans_at_once):
-            part = {
-                kind: {name: values[start : start + self.plans_at_once] for name, values in group.items()}
-                for kind, group in choices.items()
-            }
-            table = LayerTable.of_plans(graph, **part)
-            parts.append(self.totals(self._named_costs(table, graph), len(graph.layers)))
-        return {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}
+
+def _parts(costs: LayerCosts) -> dict[Metric, Floats]:
+    parts: dict[Metric, Floats] = {"latency_ms": costs.latency_ms}
+    if costs.energy_pj:
+        parts["energy_mj"] = np.asarray(sum(costs.energy_pj.values())) * 1e-9
+    return parts

@@ -84,6 +84,15 @@ class LayerTable:
                     tiled[column][:, index] = bits
         return cls(**{name: values.reshape(-1) for name, values in tiled.items()})
 
+    @classmethod
+    def joined(cls, tables: Sequence[LayerTable]) -> LayerTable:
+        """The rows of some tables, one table after the other."""
+        return cls(*(np.concatenate([getattr(t, f.name) for t in tables]) for f in fields(cls)))
+
+    def take(self, rows: NDArray[np.int64]) -> LayerTable:
+        """Some of the rows."""
+        return LayerTable(*(getattr(self, f.name)[rows] for f in fields(self)))
+
     @property
     def kernel_weights(self) -> Ints:
         """Weights each layer multiplies with."""
