@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -204,7 +205,7 @@ def _targets() -> Iterator[str]:
     from autocompress.hardware_sim import MacsModel
     from autocompress.hardware_sim.target_file import bundled_targets, load_target
 
-    yield f"{MacsModel.name}: counts {', '.join(MacsModel.metrics)}; recipes limit macs and params"
+    yield f"{MacsModel.name}: counts {', '.join(MacsModel.metrics)}; recipes need not name it"
     for path in bundled_targets():
         yield f"{path.stem}: {load_target(path).kind}"
 
@@ -270,30 +271,24 @@ def _progress() -> Iterator[Callable[[Event], None]]:
 
 
 def _show_result(result: Result) -> None:
+    from autocompress.pipeline.comparison import comparison, prediction_check, shortfalls
+
     table = Table(title=f"{result.name}: {result.provenance['model']} on {result.provenance['data']}")
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
-    rows: dict[str, tuple[str, Callable[[float], str]]] = {
-        "accuracy (test)": ("accuracy", lambda v: f"{v:.2%}"),
-        "MACs": ("macs", lambda v: f"{v:,.0f}"),
-        "parameters": ("params", lambda v: f"{v:,.0f}"),
-        "bytes on disk (ONNX)": ("file_bytes", lambda v: f"{v:,.0f}"),
-        "latency (ONNX Runtime, ms)": ("latency_ms", lambda v: f"{v:.3f}"),
-    }
-    for label, (key, text) in rows.items():
-        if key in result.before and key in result.after:
-            before, after = result.before[key], result.after[key]
-            change = (
-                f"{100 * (after - before):+.2f} points" if key == "accuracy" else f"{after / before - 1:+.1%}"
-            )
-            table.add_row(label, text(before), text(after), change)
+    for row in comparison(result):
+        table.add_row(*map(escape, row))
     out.print(table)
+    if note := prediction_check(result):
+        out.print(escape(note), soft_wrap=True)
     if result.export:
         agreement = result.export["top1_agreement"]
         out.print(
             f"ONNX Runtime against PyTorch on {result.export['num_images']:.0f} images: largest difference "
             f"{result.export['max_abs_diff']:.1e}, top-1 agreement {agreement:.1%}"
         )
+    for shortfall in shortfalls(result):
+        err.print(f"[yellow]warning:[/] {escape(shortfall)}", soft_wrap=True)
     if result.run_dir is not None:
         out.print(f"report: {escape(str(result.run_dir / 'report.html'))}", soft_wrap=True)
 
@@ -309,6 +304,7 @@ def _show_rows(title: str, headings: list[str], rows: list[list[str]]) -> None:
 
 def _show_candidate(prepared: Prepared, candidate: Candidate, problem: Problem) -> None:
     from autocompress.pipeline import estimate
+    from autocompress.pipeline.comparison import number
 
     graph = candidate.traced.graph
     knobs = {knob.name: knob for knob in problem.knobs}
@@ -325,11 +321,16 @@ def _show_candidate(prepared: Prepared, candidate: Candidate, problem: Problem) 
     for note in graph.uncounted:
         out.print(f"[yellow]not counted:[/] {escape(note)}")
     smallest, largest = problem.reachable()
-    for metric in ("macs", "params"):
+    target = candidate.costs.target
+    for metric in dict.fromkeys(("macs", "params", *(budget.metric for budget in problem.budgets))):
         share = smallest[metric] / largest[metric]
-        out.print(f"{metric}: from {smallest[metric]:,.0f} ({share:.1%}) to {largest[metric]:,.0f}")
+        where = f" on {target.name}" if target and metric in target.metrics else ""
+        low, high = number(smallest[metric]), number(largest[metric])
+        out.print(f"{metric}{where}: from {low} ({share:.1%}) to {high}", highlight=False, soft_wrap=True)
     for budget in problem.budgets:
-        out.print(f"budget {budget} can be met")
+        share = budget.limit / candidate.costs.reference.totals.get(budget.metric, math.nan)
+        of = f" ({share:.1%} of the original)" if math.isfinite(share) else ""
+        out.print(f"budget {budget}{of} can be met", highlight=False)
     times = estimate(prepared, candidate)
     parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in times.stages.items())
     out.print(

@@ -81,6 +81,9 @@ class Result:
             ``latency_ms`` (ONNX Runtime, batch 1, one thread).
         plan: the chosen plan.
         budgets: metric -> absolute limit.
+        predicted: ``before`` and ``after`` -> what the recipe's cost models say, by metric; ``before`` is
+            the network that relative budgets refer to.
+        expected: accuracies the recipe is known to reach, and the ``tolerance`` of that.
         search: name, number of plans, best quick score and the baselines' scores.
         export: largest absolute difference and top-1 agreement between ONNX Runtime and PyTorch.
         provenance: versions, seed, recipe digest, git revision, threads, machine.
@@ -93,6 +96,8 @@ class Result:
     after: dict[str, float]
     plan: Plan
     budgets: dict[str, float] = field(default_factory=dict)
+    predicted: dict[str, dict[str, float]] = field(default_factory=dict)
+    expected: dict[str, float] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
     export: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)

@@ -14,7 +14,8 @@ from autocompress.agents import least_plans, make_search
 from autocompress.core import Problem, Search
 from autocompress.core.errors import DataError, DivergenceError, RecipeError
 from autocompress.export import check_opset
-from autocompress.pipeline.quick_score import channel_problem
+from autocompress.pipeline.costs import Costs, content_digest
+from autocompress.pipeline.quick_score import QuickScore, channel_problem
 from autocompress.pipeline.recipe import Recipe
 from autocompress.trace import Trace, trace
 from autocompress.training import Data, load_data, weights_digest
@@ -27,11 +28,12 @@ SAMPLED = 32
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network that may be compressed, and what tracing found."""
+    """A network that may be compressed, what tracing found, and what its plans cost."""
 
     name: str
     model: nn.Module
     traced: Trace
+    costs: Costs
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def prepare_own(models: Mapping[str, nn.Module], data: Data, recipe: Recipe) -> 
         _check_finite(name, model)
         _check_shape(name, model, data)
         traced = trace(model, data.input_shape)
-        candidate = Candidate(name, model.to(recipe.device), traced)
+        costs = Costs.of(recipe, traced.graph)
+        candidate = Candidate(name, model.to(recipe.device), traced, costs)
         problem = problem_of(candidate, recipe)
         problem.reachable()
         _check_num_plans(recipe, searches, len(problem.knobs))
@@ -98,7 +101,7 @@ def prepare_own(models: Mapping[str, nn.Module], data: Data, recipe: Recipe) -> 
 
 
 def inputs_of(prepared: Prepared) -> dict[str, str]:
-    """Hashes that tell the networks and data of a run from others."""
+    """Hashes that tell the networks, data and target of a run from others."""
     data = prepared.data
     digest = hashlib.sha256(repr((data.num_classes, data.input_shape)).encode())
     for split in (data.train, data.search, data.test):
@@ -106,13 +109,21 @@ def inputs_of(prepared: Prepared) -> dict[str, str]:
         for x, y in spread(split, SAMPLED, limit=min(SAMPLED, len(split))):
             digest.update(x.contiguous().numpy().tobytes() + y.numpy().tobytes())
     models = {candidate.name: weights_digest(candidate.model) for candidate in prepared.candidates}
-    return {"data": digest.hexdigest()[:16]} | models
+    target = prepared.candidates[0].costs.target
+    machine = {"target": content_digest(target)} if target else {}
+    return {"data": digest.hexdigest()[:16]} | machine | models
 
 
-def problem_of(candidate: Candidate, recipe: Recipe) -> Problem:
-    """The candidate's problem without a score: enough to know what is reachable."""
-    budgets = [settings.budget for settings in recipe.budgets]
-    return channel_problem(candidate.model, candidate.traced, None, settings=recipe.prune, budgets=budgets)
+def problem_of(candidate: Candidate, recipe: Recipe, score: QuickScore | None = None) -> Problem:
+    """The candidate's problem; without a score it is enough to know what is reachable."""
+    return channel_problem(
+        candidate.model,
+        candidate.traced,
+        score,
+        settings=recipe.prune,
+        costs=candidate.costs,
+        budgets=[settings.budget for settings in recipe.budgets],
+    )
 
 
 def _check_num_plans(recipe: Recipe, searches: list[Search], num_knobs: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 
 from autocompress.core import Budget, Plan, Problem
 from autocompress.core.errors import RecipeError
-from autocompress.hardware_sim import MacsModel
+from autocompress.pipeline.costs import Costs
 from autocompress.pipeline.recipe import PruneSettings
 from autocompress.prune import Reconstruction, channel_knobs, compress_channels, unit_scores
 from autocompress.trace import Trace
@@ -46,8 +46,8 @@ class QuickScore:
     ) -> None:
         self._model, self._traced, self._data, self._settings = model, traced, data, settings
         device = next(model.parameters()).device
-        stored = list(_calibration(data, settings.calibration_images, seed))
-        self.data_digest = _data_digest(stored, data)
+        stored = list(calibration_batches(data, settings.calibration_images, seed))
+        self.data_digest = data_digest(stored, data)
         self._calibration = [(x.to(device), y.to(device)) for x, y in stored]
         self._images = [x for x, _ in self._calibration]
         self._scores = unit_scores(
@@ -83,7 +83,8 @@ def channel_problem(
     score: QuickScore | None,
     *,
     settings: PruneSettings,
-    budgets: list[Budget],
+    costs: Costs,
+    budgets: Sequence[Budget],
 ) -> Problem:
     """The search problem of pruning a network.
 
@@ -92,13 +93,13 @@ def channel_problem(
         traced: its trace.
         score: how plans are scored; None makes a problem that can be priced but not evaluated.
         settings: the recipe's ``prune`` section.
+        costs: what plans cost.
         budgets: relative or absolute limits.
 
     Raises:
-        RecipeError: a ``keep`` pattern matches nothing, or nothing is left to prune.
+        RecipeError: a ``keep`` pattern matches nothing, nothing is left to prune, or the target cannot run
+            the network.
     """
-    price = MacsModel()
-    reference = price(traced.graph)
     try:
         knobs = channel_knobs(
             traced.graph, round_to=settings.round_to, min_keep=settings.min_keep, keep=settings.keep
@@ -115,21 +116,22 @@ def channel_problem(
 
     return Problem(
         knobs=knobs,
-        budgets=tuple(budget.resolve(reference) for budget in budgets),
-        price=lambda plan: price(plan.apply(traced.graph)),
+        budgets=costs.resolve(budgets),
+        price=costs.tabulated(knobs),
         evaluate=evaluate_plan,
-        identity=f"{weights_digest(model)} {score.data_digest if score else ''} {settings.model_dump_json()}",
+        identity=f"{weights_digest(model)} {score.data_digest if score else ''} {settings.model_dump_json()} "
+        + costs.identity,
     )
 
 
-def _calibration(data: Data, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def calibration_batches(data: Data, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of ``count`` random training images; not augmented but by transforms of the data set's own."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data.train), generator=generator)[:count]
     return batches(Subset(data.train, order.tolist()), CALIBRATION_BATCH)  # type: ignore[arg-type]
 
 
-def _data_digest(calibration: list[tuple[Tensor, Tensor]], data: Data) -> str:
+def data_digest(calibration: list[tuple[Tensor, Tensor]], data: Data) -> str:
     """Hash of the calibration images and of some of the search split."""
     digest = hashlib.sha256()
     for x, y in (*calibration, *spread(data.search, DIGESTED, limit=min(DIGESTED, len(data.search)))):

@@ -18,9 +18,11 @@ from autocompress.pipeline.recipe_check import checked
 from autocompress.pipeline.recipe_sections import (
     STAGES,
     Algorithm,
+    BitSettings,
     BudgetSettings,
     Count,
     DataSettings,
+    ExpectedSettings,
     ExportSettings,
     FinetuneStage,
     Names,
@@ -65,10 +67,15 @@ class Recipe(Section):
         seed: decides everything random in the run.
         device: where PyTorch computes.
         threads: PyTorch threads; they change the last bits of training. null leaves them alone.
+        target: the machine that limits on latency, energy and resources are about: a bundled target's name,
+            or a target file beside the recipe or at a path from the working directory.
+        bits: what layers are computed with where no stage decides that; null for floating point, which
+            targets that multiply integers refuse.
+        reference_bits: of the original network that relative budgets refer to; null for those of ``bits``.
         budgets: limits that must all hold.
         stages: what is done, in the order train, prune, finetune, export.
         train, prune, search, finetune, export: settings of the stages.
-        expected: figures the recipe is known to give, such as ``accuracy_after: 0.9``.
+        expected: accuracies the recipe is known to reach.
     """
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
@@ -78,6 +85,9 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     device: Literal["cpu", "cuda"] = "cpu"
     threads: Count | None = 2
+    target: Annotated[str, Field(min_length=1)] | None = None
+    bits: BitSettings | None = None
+    reference_bits: Literal[8, 32] | None = None
     budgets: Annotated[tuple[BudgetSettings, ...], Strict(False)]
     stages: Annotated[tuple[Stage, ...], Strict(False)] = STAGES
     train: TrainStage = TrainStage()
@@ -85,7 +95,7 @@ class Recipe(Section):
     search: SearchSettings = SearchSettings()
     finetune: FinetuneStage = FinetuneStage()
     export: ExportSettings = ExportSettings()
-    expected: dict[str, float] = Field(default_factory=dict)
+    expected: ExpectedSettings = ExpectedSettings()
 
     @field_validator("model")
     @classmethod
@@ -143,7 +153,7 @@ class Recipe(Section):
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as fault:
             raise RecipeError(f"{file}: cannot be read as UTF-8 text: {fault}") from fault
-        recipe = cls.parse(text, source=str(file), overrides=overrides)
+        recipe = checked(cls, read_document(text, str(file)), overrides, folder=file.parent)
         beside = file.parent / (recipe.weights or "")
         if recipe.weights is None or Path(recipe.weights).is_file() or not beside.is_file():
             return recipe

@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from autocompress.core.cost import METRICS
 from autocompress.core.errors import RecipeError
 from autocompress.core.wording import did_you_mean
+from autocompress.hardware_sim import MacsModel, load_target
+from autocompress.hardware_sim.target_file import TargetError
 from autocompress.pipeline.recipe_sections import SECTIONS
 from autocompress.pipeline.yaml_marks import Document, Fault, Place
 
@@ -20,13 +24,16 @@ logger = logging.getLogger(__name__)
 Checked = TypeVar("Checked", bound=BaseModel)
 
 
-def checked(model: type[Checked], document: Document, overrides: Sequence[str]) -> Checked:
+def checked(
+    model: type[Checked], document: Document, overrides: Sequence[str], *, folder: Path = Path()
+) -> Checked:
     """A model built from a document with every short form expanded.
 
     Args:
         model: what to build.
         document: where the data and its places come from; it is changed.
         overrides: ``path.to.key=value``, applied in order.
+        folder: where a target file is looked for besides the working directory.
 
     Raises:
         RecipeError: every fault found while reading, overriding and checking.
@@ -36,6 +43,7 @@ def checked(model: type[Checked], document: Document, overrides: Sequence[str]) 
         document.override(override)
     _expand_names(document)
     _expand_budgets(document)
+    _check_target(document, folder)
     faults = list(document.faults)
     try:
         recipe = model.model_validate(document.data)
@@ -87,6 +95,39 @@ def _in_macs(budget: Mapping[str, Any]) -> dict[str, Any]:
     return {"metric": "macs", "limit": limit / 2}
 
 
+def _check_target(document: Document, folder: Path) -> None:
+    """Find the target, and check that every budget is on a metric that it gives or that can be counted."""
+    data, places = document.data, document.places
+    name, target = data.get("target"), None
+    given: tuple[str, ...] = MacsModel.metrics
+    if isinstance(name, str) and name:
+        data["target"] = name = find_target(name, folder)
+        try:
+            target = load_target(name)
+            given += target.metrics
+        except TargetError as wrong:
+            place = places["target",]
+            document.faults += [Fault(place.value, f"{place.name}: {fault}") for fault in wrong.faults]
+            given = METRICS
+    budgets = data.get("budgets")
+    for index, budget in enumerate(budgets if isinstance(budgets, list) else []):
+        metric = budget.get("metric") if isinstance(budget, dict) else None
+        if metric in METRICS and metric not in given:
+            who = f"{target.name} gives {', '.join(target.metrics)}" if target else "set target to a machine"
+            place = places[document.nearest(("budgets", index, "metric"))]
+            text = f"{place.name}: nothing gives {metric}; {who}; {', '.join(MacsModel.metrics)} are counted"
+            document.faults.append(Fault(place.value, text))
+
+
+def find_target(name: str, folder: Path) -> str:
+    """The absolute path of a target file in the working directory or the folder, else the name as it is."""
+    for place in (Path(), folder):
+        for file in (place / name, place / f"{name}.yaml"):
+            if file.is_file():
+                return str(file.resolve())
+    return name
+
+
 def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -132,7 +173,7 @@ def _text(error: ErrorDetails) -> str:
     if error["type"] == "value_error":
         return str(context["error"])
     if error["type"] == "literal_error":
-        known = re.findall(r"'([^']*)'", context["expected"])
+        known = re.findall(r"[^' ,]+", context["expected"].replace(" or ", ", "))
         return f"must be one of {', '.join(known)}, got {got}{did_you_mean(error['input'], known)}"
     rule = _RULES.get(error["type"], error["msg"]).format(**context)
     return f"{rule}, got {got}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, Strict, ValidationInfo, field_validator
 
 from autocompress.core.budget import Budget
+from autocompress.core.cost import Metric
+from autocompress.core.graph import Bits
 
 Stage = Literal["train", "prune", "finetune", "export"]
 STAGES: tuple[Stage, ...] = ("train", "prune", "finetune", "export")
@@ -14,6 +17,8 @@ Algorithm = Literal["ddpg", "td3", "sac", "random", "uniform", "greedy"]
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+BitWidth = Annotated[int, Field(ge=1, le=32)]
+QuantBits = Annotated[int, Field(ge=1, le=16)]
 # `Strict` turns off guesses such as "20" for 20; tuples are exempt because YAML only has lists.
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Strict(False)]
 
@@ -64,16 +69,28 @@ class DataSettings(Section):
         return value
 
 
+class BitSettings(Section):
+    """Bit-widths of every layer's weights and of the activations it reads; 32 is floating point."""
+
+    weight: BitWidth
+    act: BitWidth
+
+    @property
+    def bits(self) -> Bits:
+        """The same as the rest of the package knows it."""
+        return Bits(self.weight, self.act)
+
+
 class BudgetSettings(Section):
     """An upper limit on the compressed network.
 
     Args:
-        metric: what is limited.
-        relative: whether ``limit`` is a share of the original network's cost.
-        limit: a share in (0, 1], or a count for one sample.
+        metric: what is limited; what can be counted, or what the recipe's target gives.
+        relative: whether ``limit`` is a share of what the original network costs at ``reference_bits``.
+        limit: a share in (0, 1], or a figure for one sample in the metric's unit.
     """
 
-    metric: Literal["macs", "params"]
+    metric: Metric
     relative: bool = True
     limit: float
 
@@ -161,6 +178,55 @@ class PruneSettings(Section):
     keep: Names = ()
 
 
+class QuantiseSettings(Section):
+    """How weights and activations are rounded, and how plans of bits are scored.
+
+    Args:
+        weight_bits, act_bits: what a layer's weights and the activations it reads may have, ascending; the
+            last is the reference.
+        first_last: ``pin`` keeps the first and the last layer at the reference bits, ``free`` lets the search
+            decide.
+        weight_range, act_range: where tensors are clipped before rounding.
+        per_channel: one weight scale per output channel instead of one per layer.
+        asymmetric: give activations that can be negative a zero point instead of a sign.
+        power_of_two: scales are powers of two; hls4ml needs them, with ``per_channel: false``.
+        bias_correction: shift biases by the mean error of rounded weights.
+        calibration_images: training images that decide where activations are clipped.
+        score: what a plan's score is: ``accuracy``, or ``likelihood``, the geometric mean of the right
+            class's probability, which still tells plans apart when all are nearly right.
+        score_images: images of the search split that score a plan; null for all.
+        keep: layers that keep the reference bits, as shell patterns.
+    """
+
+    weight_bits: Annotated[tuple[QuantBits, ...], Strict(False)] = (2, 3, 4, 5, 6, 7, 8)
+    act_bits: Annotated[tuple[QuantBits, ...], Strict(False)] = (2, 3, 4, 5, 6, 7, 8)
+    first_last: Literal["pin", "free"] = "pin"
+    weight_range: Literal["max", "percentile", "mse", "kl", "haq"] = "mse"
+    act_range: Literal["max", "percentile", "mse", "kl", "haq"] = "mse"
+    per_channel: bool = True
+    asymmetric: bool = False
+    power_of_two: bool = False
+    bias_correction: bool = True
+    calibration_images: Count = 512
+    score: Literal["accuracy", "likelihood"] = "accuracy"
+    score_images: Count | None = None
+    keep: Names = ()
+
+    @field_validator("weight_bits", "act_bits")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or any(b <= a for a, b in pairwise(value)):
+            raise ValueError(f"must be one or more bit-widths in ascending order, got {list(value)}")
+        return value
+
+    @field_validator("power_of_two")
+    @classmethod
+    def _no_zero_points(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("asymmetric"):
+            raise ValueError("power_of_two and asymmetric exclude each other; choose one")
+        return value
+
+
 class SearchSettings(Section):
     """Who looks for the plan, and for how long.
 
@@ -198,12 +264,28 @@ class ExportSettings(Section):
     latency_runs: Count = 50
 
 
+class ExpectedSettings(Section):
+    """Accuracies the recipe is known to reach; a run that ends below them says so.
+
+    Args:
+        accuracy_before, accuracy_after: on the test split, of the original and the compressed network.
+        tolerance: how far below still counts as reached.
+    """
+
+    accuracy_before: Share | None = None
+    accuracy_after: Share | None = None
+    tolerance: float = Field(default=0.01, ge=0, le=1)
+
+
 SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataSettings,
+    "bits": BitSettings,
     "budgets": BudgetSettings,
     "train": TrainStage,
     "prune": PruneSettings,
+    "quantise": QuantiseSettings,
     "search": SearchSettings,
     "finetune": FinetuneStage,
     "export": ExportSettings,
+    "expected": ExpectedSettings,
 }

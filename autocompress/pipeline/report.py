@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
@@ -13,9 +13,17 @@ from typing import Any, TypeVar, cast
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from autocompress.core import Budget, Cost, Metric, Plan, Result, SearchResult, Trial
+from autocompress.core import Cost, Metric, Plan, Result, SearchResult, Trial
 from autocompress.core.errors import RunDirectoryError
 from autocompress.core.files import write_atomically
+from autocompress.pipeline.comparison import (
+    budget_rows,
+    comparison,
+    number,
+    points,
+    prediction_check,
+    target_name,
+)
 from autocompress.pipeline.plots import (
     NUM_COLOURS,
     SMALL,
@@ -33,6 +41,7 @@ from autocompress.pipeline.plots import (
 logger = logging.getLogger(__name__)
 
 _Content = TypeVar("_Content")
+_METRIC_NAMES = {"macs": "MACs", "params": "parameters"}
 _EPOCH_FIGURES = ("epoch", "loss", "train_accuracy", "search_accuracy")
 
 _Searches = Mapping[str, tuple[Trial, ...]]
@@ -99,8 +108,9 @@ def write_report(run_dir: Path) -> Path:
         .render(
             result=result,
             headline=_headline(result),
-            comparison=list(_comparison(result)),
-            budgets=list(_budgets(result, searches or {})),
+            comparison=comparison(result),
+            prediction=prediction_check(result),
+            budgets=list(budget_rows(result)),
             kept=_kept_figure(layers) if layers else None,
             macs=_macs_figure(layers) if layers else None,
             locked=_locked(layers or ()),
@@ -124,7 +134,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "percent": percent}
+    environment.filters |= {"number": number, "percent": percent, "metric": _metric_name}
     return environment
 
 
@@ -189,13 +199,8 @@ def _load(text: str) -> Any:
 # Figures in words
 
 
-def _number(value: float) -> str:
-    """A figure in full where it is a count, else with four significant digits."""
-    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _points(difference: float) -> str:
-    return f"{100 * difference:+.2f} points"
+def _metric_name(metric: Metric) -> str:
+    return _METRIC_NAMES.get(metric, metric)
 
 
 def _headline(result: Result) -> str:
@@ -207,46 +212,17 @@ def _headline(result: Result) -> str:
         parts.append(f"{percent(share)} of the MACs remain ({si(before['macs'])} → {si(after['macs'])})")
     if "accuracy" in before and "accuracy" in after:
         change = after["accuracy"] - before["accuracy"]
-        parts.append(f"test accuracy is {percent(after['accuracy'], 4)} ({_points(change)})")
+        parts.append(f"test accuracy is {percent(after['accuracy'], 4)} ({points(change)})")
     if before.get("latency_ms") and after.get("latency_ms"):
         factor = before["latency_ms"] / after["latency_ms"]
         parts.append(
             f"one image takes {after['latency_ms']:.3g} ms on this CPU ({factor:.2f} times the speed)"
         )
+    first, last = (result.predicted.get(when, {}).get("latency_ms") for when in ("before", "after"))
+    if first and last:
+        speed = f"({first / last:.2f} times the speed)"
+        parts.append(f"{target_name(result)} is predicted to take {last:.3g} ms {speed}")
     return "; ".join(parts)
-
-
-def _comparison(result: Result) -> Iterator[tuple[str, str, str, str]]:
-    """Rows (figure, before, after, change) of the result table."""
-    before, after = result.before, result.after
-    tuned = "accuracy_before_finetune"
-    for key, name in (("accuracy", "Test accuracy"), (tuned, "Test accuracy before fine-tuning")):
-        if key in after and "accuracy" in before:
-            change = _points(after[key] - before["accuracy"])
-            yield name, percent(before["accuracy"], 4), percent(after[key], 4), change
-    counts = {"macs": "MACs per image", "params": "Parameters", "file_bytes": "ONNX file (bytes)"}
-    for key, name in (counts | {"latency_ms": "Latency (ms, median, batch 1)"}).items():
-        if before.get(key) and key in after:
-            change = f"{percent(after[key] / before[key])} of the original"
-            if key == "latency_ms":
-                change += f" ({before[key] / after[key]:.2f} times the speed)"
-            yield name, _number(before[key]), _number(after[key]), change
-
-
-def _budgets(result: Result, searches: _Searches) -> Iterator[tuple[str, str, str, bool | None]]:
-    """Rows (metric, limit, reached, met or None where nothing says)."""
-    # Budgets bind the cost model's figures, which the chosen plan's trial carries: a latency budget, for one,
-    # is on the target's latency, not on this machine's. MACs and parameters are counted on the network.
-    trials = [t for ts in searches.values() for t in ts if t.plan == result.plan]
-    known: dict[Metric, float] = dict(trials[0].cost.totals) if trials else {}
-    known |= {metric: result.after[metric] for metric in ("macs", "params") if metric in result.after}
-    for name, limit in result.budgets.items():
-        metric = cast(Metric, name)
-        if metric not in known:
-            yield metric, _number(limit), "not recorded", None
-            continue
-        met = Budget(metric, limit, relative=False).met_by(Cost(known))
-        yield metric, _number(limit), f"{_number(known[metric])} ({percent(known[metric] / limit)})", met
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -305,8 +281,8 @@ def _search_figure(searches: _Searches) -> _Figure:
     """Score of every plan and the best so far of every search."""
     longest = max(trials[-1].index + 1 for trials in searches.values())
     dots, lines, legend = [], [], []
-    for number, (name, trials) in enumerate(searches.items()):
-        colour = number % NUM_COLOURS
+    for index, (name, trials) in enumerate(searches.items()):
+        colour = index % NUM_COLOURS
         scores = [(t.index + 1.0, t.score) for t in trials]
         best = tuple(zip((i for i, _ in scores), accumulate((s for _, s in scores), max), strict=True))
         dots.append(Series(name, tuple(scores), colour, "dots", tuple(_title(name, t) for t in trials)))
@@ -319,35 +295,39 @@ def _search_figure(searches: _Searches) -> _Figure:
     return _Figure(xy_chart([*dots, *lines], x=x, y=y), tuple(legend))
 
 
-def _trade_off_figure(result: Result, searches: _Searches) -> _Figure | None:
-    """Score against MACs of every plan, with the Pareto front; None where plans carry no MACs."""
-    original = result.before.get("macs")
+def _trade_off_figure(result: Result, searches: _Searches) -> tuple[Metric, _Figure] | None:
+    """Score against cost of every plan, with the Pareto front; None where the plans share no known cost.
+
+    The cost is on the first budget's metric, as a share of the original's, or else in MACs.
+    """
     every = [t for trials in searches.values() for t in trials]
-    if not original or any("macs" not in t.cost.totals for t in every):
+    counted = {m: result.before[m] for m in ("macs", "params") if m in result.before}
+    originals = counted | result.predicted.get("before", {})
+    wanted = cast(tuple[Metric, ...], (*result.budgets, "macs"))
+    known = [m for m in wanted if originals.get(m) and all(m in t.cost.totals for t in every)]
+    if not known:
         return None
+    metric, original = known[0], originals[known[0]]
 
     def place(trial: Trial) -> tuple[float, float]:
-        return trial.cost["macs"] / original, trial.score
+        return trial.cost[metric] / original, trial.score
 
     series = [
         Series(name, tuple(map(place, ts)), i % NUM_COLOURS, "dots", tuple(_title(name, t) for t in ts))
         for i, (name, ts) in enumerate(searches.items())
     ]
-    front = tuple(map(place, SearchResult(tuple(every)).pareto("macs")))
+    front = tuple(map(place, SearchResult(tuple(every)).pareto(metric)))
     series.append(Series("Pareto front", front, NUM_COLOURS - 1, "step"))
-    chosen = [t for t in every if t.plan == result.plan][:1]
-    series.append(
-        Series(
-            "chosen plan", tuple(map(place, chosen)), NUM_COLOURS - 1, "ring", ("chosen plan",) * len(chosen)
-        )
-    )
-    limit = result.budgets.get("macs")
+    chosen = tuple(place(t) for t in every if t.plan == result.plan)[:1]
+    titles = ("chosen plan",) * len(chosen)
+    series.append(Series("chosen plan", chosen, NUM_COLOURS - 1, "ring", titles))
+    limit = result.budgets.get(metric)
     rule = Rule(limit / original, f"budget {percent(limit / original)}") if limit else None
     shares = [place(t)[0] for t in every] + ([rule.x] if rule else [])
-    x = Axis.over("MACs (share of the original)", shares, share=True)
+    x = Axis.over(f"{_metric_name(metric)} (share of the original)", shares, share=True)
     y = Axis.over("quick score", [t.score for t in every])
     legend = [(f"c{s.colour}", s.mark, s.name) for s in series if s.points]
-    return _Figure(xy_chart(series, x=x, y=y, rule=rule), tuple(legend))
+    return metric, _Figure(xy_chart(series, x=x, y=y, rule=rule), tuple(legend))
 
 
 def _training_figures(training: _Training) -> list[tuple[str, _Figure, _Figure]]:

@@ -13,9 +13,9 @@ from torch import nn
 
 from autocompress.core import Cost, Result
 from autocompress.core.errors import CheckpointError, RecipeError, RunDirectoryError
-from autocompress.core.graph import LayerGraph
-from autocompress.hardware_sim import MacsModel
+from autocompress.hardware_sim import HardwareModel
 from autocompress.pipeline import stages
+from autocompress.pipeline.costs import content_digest
 from autocompress.pipeline.prepare import inputs_of, prepare, prepare_own
 from autocompress.pipeline.progress import OnEvent, silent
 from autocompress.pipeline.provenance import provenance
@@ -181,35 +181,39 @@ def _run(run: stages.Run) -> Result:
     _same_inputs(run)
     recipe, data = run.prepared.recipe, run.prepared.data
     candidate = stages.train(run)
-    original, graph = candidate.model, candidate.traced.graph
+    original = candidate.model
     found = stages.search(run, candidate)
     pruned = found.score.build(found.plan)
     tuned = stages.finetune(run, candidate, pruned)
     measured, parity = stages.export(run, original, tuned)
-    run.directory.write_json("layers.json", stages.layer_table(graph, found.plan))
+    run.directory.write_json("layers.json", stages.layer_table(candidate, found.plan))
     run.directory.write_json("training.json", run.training)
     with run.timed("test"):
         accuracy = {
             name: evaluate(model, data.test).accuracy
             for name, model in (("before", original), ("pruned", pruned), ("after", tuned))
         }
-    price = MacsModel()
-    _check_prediction(price(found.plan.apply(graph)), tuned, data.input_shape)
+    costs = candidate.costs
+    reached = costs(found.plan)
+    _check_prediction(reached, tuned, data.input_shape)
     result = Result(
         name=recipe.name,
-        before={"accuracy": accuracy["before"], **_counts(graph), **measured["before"]},
+        before={"accuracy": accuracy["before"], **_counts(costs.reference), **measured["before"]},
         after={
             "accuracy": accuracy["after"],
             "accuracy_before_finetune": accuracy["pruned"],
-            **_counts(found.plan.apply(graph)),
+            **_counts(reached),
             **measured["after"],
         },
         plan=found.plan,
-        budgets={b.metric: b.budget.resolve(price(graph)).limit for b in recipe.budgets},
+        budgets={b.metric: b.limit for b in costs.resolve([b.budget for b in recipe.budgets])},
+        predicted={"before": _figures(costs.reference), "after": _figures(reached)},
+        expected=recipe.expected.model_dump(exclude_none=True),
         search=dict(found.figures),
         export=parity,
         provenance=provenance(recipe)
-        | {"model": candidate.name, "data": data.name, "input_shape": list(data.input_shape)},
+        | {"model": candidate.name, "data": data.name, "input_shape": list(data.input_shape)}
+        | _machine(costs.target),
         seconds=dict(run.seconds),
         run_dir=run.directory.path,
     )
@@ -218,9 +222,27 @@ def _run(run: stages.Run) -> Result:
     return result
 
 
-def _counts(graph: LayerGraph) -> dict[str, float]:
-    cost = MacsModel()(graph)
+def _figures(cost: Cost) -> dict[str, float]:
+    return {str(metric): value for metric, value in cost.totals.items()}
+
+
+def _counts(cost: Cost) -> dict[str, float]:
     return {"macs": cost["macs"], "params": cost["params"]}
+
+
+def _machine(target: HardwareModel | None) -> dict[str, Any]:
+    """What the predicted figures come from."""
+    if target is None:
+        return {}
+    return {
+        "target": {
+            "name": target.name,
+            "model": target.kind,
+            "mapping": target.mapping,
+            "energy_table": target.energy_table,
+            "digest": content_digest(target),
+        }
+    }
 
 
 def _check_prediction(predicted: Cost, model: nn.Module, input_shape: tuple[int, ...]) -> None:

@@ -17,12 +17,11 @@ from torch import nn
 
 from autocompress.agents import make_search
 from autocompress.core import Ledger, Plan, Problem, SearchResult, Trial
-from autocompress.core.graph import LayerGraph
 from autocompress.export import check_parity, export_onnx, measure_latency
 from autocompress.hardware_sim import MacsModel
-from autocompress.pipeline.prepare import Candidate, Prepared
+from autocompress.pipeline.prepare import Candidate, Prepared, problem_of
 from autocompress.pipeline.progress import Event, OnEvent
-from autocompress.pipeline.quick_score import QuickScore, channel_problem
+from autocompress.pipeline.quick_score import QuickScore
 from autocompress.pipeline.recipe import FinetuneStage, TrainStage
 from autocompress.pipeline.run_directory import RunDirectory
 from autocompress.training import EpochReport, TrainSettings, batches, evaluate, fit
@@ -118,10 +117,7 @@ def search(run: Run, candidate: Candidate) -> Found:
             candidate.model, candidate.traced, run.prepared.data, settings=recipe.prune, seed=recipe.seed
         )
         run.on_event(Event("analyse channels", 1, 1))
-        budgets = [settings.budget for settings in recipe.budgets]
-        problem = channel_problem(
-            candidate.model, candidate.traced, score, settings=recipe.prune, budgets=budgets
-        )
+        problem = problem_of(candidate, recipe, score)
         with Ledger(run.directory.path / "ledger.sqlite") as ledger:
             recorded = ledger.in_front_of(problem)
             for name in (recipe.search.algorithm, *recipe.search.baselines):
@@ -227,9 +223,11 @@ def export(
     return measured, {key: float(value) for key, value in asdict(parity).items()}
 
 
-def layer_table(before: LayerGraph, plan: Plan) -> list[dict[str, Any]]:
+def layer_table(candidate: Candidate, plan: Plan) -> list[dict[str, Any]]:
     """Each layer before and after, as written to ``layers.json``."""
+    before, costs = candidate.traced.graph, candidate.costs
     after = plan.apply(before)
+    cost_before, cost_after = costs.reference.layers, costs(plan).layers
     group_of = {name: group for group in before.groups for name in group.producers}
     rows = []
     for old, new in zip(before.layers, after.layers, strict=True):
@@ -248,6 +246,8 @@ def layer_table(before: LayerGraph, plan: Plan) -> list[dict[str, Any]]:
                 "macs_after": new.macs,
                 "params_before": old.num_params,
                 "params_after": new.num_params,
+                "cost_before": dict(cost_before[old.name]),
+                "cost_after": dict(cost_after[old.name]),
             }
         )
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,20 @@ WEIGHTS = {"nan.safetensors": nan_weights, "evil.pth": unsafe, "short.safetensor
         (["search.algorithm=dpdg"], ["did you mean 'ddpg'"]),
         (["search.settings={sigmma: 1}"], ["sigmma"]),
         (["budgets={macs: 0.001}"], ["smallest reachable macs is", "Raise the limit"]),
+        (["budgets={latency_ms: 0.5}"], ["nothing gives latency_ms; set target to a machine"]),
+        (["target=bismo", "budgets={luts: 9}"], ["no target 'bismo'; did you mean"]),
+        (
+            ["target=bitfusion"],
+            ["target bitfusion cannot run", "features.0", "set bits: {weight: 8, act: 8}"],
+        ),
+        (
+            ["target=bitfusion", "bits={weight: 8, act: 8}", "reference_bits=32", "budgets={energy_mj: 0.5}"],
+            ["target bitfusion cannot run", "set reference_bits: 8"],
+        ),
+        (
+            ["target=xeon-amx", "budgets={latency_ms: 1e-3}"],
+            ["smallest reachable latency_ms is", "held up by", "features.0"],
+        ),
         (["data={name: cifar10, root: nowhere}"], ["nowhere", "cifar10.npz"]),
         (["data=digitz"], ["did you mean", "digits"]),
         (["model=vgg61"], ["vgg61", "did you mean"]),
@@ -145,6 +160,22 @@ def test_check_says_what_is_prunable_locked_reachable_and_how_long_it_takes(
         assert expected in text
 
 
+def test_check_shows_what_can_be_reached_on_the_target(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("target=bismo-zynq7020", "bits={weight: 8, act: 8}", "budgets={latency_ms: 0.6, bitops: 0.9}")
+    code, out, _ = command(capsys, "check", "good.yaml", *(w for word in words for w in ("--set", word)))
+    assert code == 0
+    lines = out.splitlines()
+    assert any(
+        re.match(r"latency_ms on bismo-zynq7020: from [0-9.]+ \([0-9.]+%\) to [0-9.]+$", x) for x in lines
+    )
+    assert any(re.match(r"bitops: from [0-9,]+ \([0-9.]+%\) to [0-9,]+$", x) for x in lines)
+    assert any(
+        re.match(r"budget latency_ms <= [0-9.]+ \(60.0% of the original\) can be met$", x) for x in lines
+    )
+
+
 @pytest.mark.parametrize("what", ["models", "targets", "searches", "recipes", "data"])
 def test_list_prints_one_name_per_line(capsys: pytest.CaptureFixture[str], what: str) -> None:
     code, out, _ = command(capsys, "list", what)
@@ -164,7 +195,7 @@ def test_run_prints_the_table_and_the_report_can_be_written_again(
 ) -> None:
     code, out, _ = command(capsys, "run", "good.yaml", "--set", "finetune.epochs=1", "--out", "done")
     assert code == 0
-    for expected in ("accuracy", "MACs", "parameters", "bytes on disk", "latency", "report.html"):
+    for expected in ("Test accuracy", "MACs", "Parameters", "ONNX file (bytes)", "Latency", "report.html"):
         assert expected in out
     (work / "done" / "report.html").unlink()
     assert command(capsys, "report", "done")[0] == 0
@@ -174,6 +205,7 @@ def test_run_prints_the_table_and_the_report_can_be_written_again(
 @pytest.mark.parametrize("path", bundled_recipes(), ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_feasible_for_its_networks(path: Path) -> None:
     from autocompress.core.errors import InfeasibleBudgetError
+    from autocompress.pipeline.costs import Costs
     from autocompress.pipeline.prepare import Candidate, problem_of
     from autocompress.trace import trace
 
@@ -181,11 +213,13 @@ def test_every_shipped_recipe_is_feasible_for_its_networks(path: Path) -> None:
     shape = (1, 8, 8) if recipe.data and recipe.data.name == "digits" else (3, 32, 32)
     for name in recipe.model:
         model = build(name, num_classes=10, in_channels=shape[0])
-        problem = problem_of(Candidate(name, model, trace(model, shape)), recipe)
+        traced = trace(model, shape)
+        candidate = Candidate(name, model, traced, Costs.of(recipe, traced.graph))
+        problem = problem_of(candidate, recipe)
         smallest, largest = problem.reachable()
         assert smallest["macs"] < largest["macs"]
     tight = recipe.model_copy(update={"budgets": Recipe.parse("budgets: {macs: 0.0001}").budgets})
-    impossible = problem_of(Candidate(name, model, trace(model, shape)), tight)
+    impossible = problem_of(candidate, tight)
     with pytest.raises(InfeasibleBudgetError):
         impossible.reachable()
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from autocompress.agents import SEARCHES
 from autocompress.core.budget import Budget
 from autocompress.core.errors import RecipeError
+from autocompress.hardware_sim import bundled_targets
 from autocompress.pipeline.recipe import Algorithm, Recipe, bundled_recipes, find_recipe
 from autocompress.training import TrainSettings
 
@@ -31,7 +32,7 @@ def test_every_fault_is_reported_at_once_in_file_order_with_line_and_column() ->
     text = (
         "nam: x\n"
         "data: {name: digits, roott: 3}\n"
-        "budgets: {macs: 0, bitops: 0.2}\n"
+        "budgets: {macs: 0, bitop: 0.2, luts: 9}\n"
         'seed: "0"\n'
         "train: {epochs: 2, warmup_epochs: 5}\n"
         "search: {algorithm: dppg, num_plan: 9, num_plans: 1.5}\n"
@@ -41,7 +42,10 @@ def test_every_fault_is_reported_at_once_in_file_order_with_line_and_column() ->
         "r.yaml:1:1: nam: unknown key; did you mean 'name'?",
         "r.yaml:2:22: data.roott: unknown key; did you mean 'root'?",
         "r.yaml:3:17: budgets.macs: budget on macs must be > 0, got 0.0",
-        "r.yaml:3:20: budgets.bitops: must be one of macs, params, got 'bitops'",
+        "r.yaml:3:20: budgets.bitop: must be one of macs, params, bitops, weight_bytes, latency_ms, "
+        "energy_mj, peak_memory_bytes, luts, brams, dsps, got 'bitop'; did you mean 'bitops'?",
+        "r.yaml:3:32: budgets.luts: nothing gives luts; set target to a machine; macs, params, bitops, "
+        "weight_bytes, peak_memory_bytes are counted",
         "r.yaml:4:7: seed: must be a whole number, got '0'",
         "r.yaml:5:35: train.warmup_epochs: must be < epochs (2), got 5",
         "r.yaml:6:21: search.algorithm: must be one of ddpg, td3, sac, random, uniform, greedy, got 'dppg'; "
@@ -72,6 +76,15 @@ def test_every_fault_is_reported_at_once_in_file_order_with_line_and_column() ->
         ("stages: [prune, train]", "stages: come once each, in the order train, prune, finetune, export"),
         ("stages: [prune, prune]", "stages: come once each"),
         ("device: gpu", "device: must be one of cpu, cuda, got 'gpu'"),
+        ("target: bitfusio", "target: no target 'bitfusio'; did you mean 'bitfusion'?"),
+        ("target: ''", "target: must not be empty"),
+        ("target: 3", "target: must be text, got 3"),
+        ("bits: {weight: 8}", "bits.act: required"),
+        ("bits: {weight: 0, act: 8}", "bits.weight: must be >= 1, got 0"),
+        ("bits: 8", "bits: must be a mapping, got 8"),
+        ("reference_bits: 16", "reference_bits: must be one of 8, 32, got 16"),
+        ("expected: {accuracy: 0.9}", "expected.accuracy: unknown key; did you mean 'accuracy_after'?"),
+        ("expected: {accuracy_after: 98}", "expected.accuracy_after: must be <= 1, got 98"),
     ],
 )
 def test_a_value_out_of_its_range_names_rule_and_value(line: str, fault: str) -> None:
@@ -227,6 +240,51 @@ def test_weights_next_to_the_recipe_become_absolute_and_others_stay(tmp_path: Pa
     assert Recipe.load(tmp_path / "r.yaml", ["weights=gone.pth"]).weights == "gone.pth"
 
 
+def test_a_budget_is_on_what_is_counted_or_what_the_target_gives() -> None:
+    counted = {"macs": 1, "params": 1, "bitops": 1, "weight_bytes": 1, "peak_memory_bytes": 1}
+    Recipe.from_mapping({"budgets": counted})
+    Recipe.from_mapping({"budgets": counted | {"latency_ms": 0.5, "energy_mj": 3.5}, "target": "eyeriss"})
+    text = "target: eyeriss\nbudgets: [{metric: luts, limit: 0.5}, {metric: dsps, limit: 9, relative: false}]"
+    gives = f"eyeriss gives latency_ms, energy_mj; {', '.join(counted)} are counted"
+    assert faults_of(text) == [
+        f"r.yaml:2:20: budgets.0.metric: nothing gives luts; {gives}",
+        f"r.yaml:2:48: budgets.1.metric: nothing gives dsps; {gives}",
+    ]
+
+
+def test_a_target_file_is_found_here_then_beside_the_recipe_and_survives_moving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundled = next(path for path in bundled_targets() if path.stem == "eyeriss").read_text()
+    here, beside = tmp_path / "here", tmp_path / "beside"
+    here.mkdir()
+    beside.mkdir()
+    (beside / "mine.yaml").write_text(bundled)
+    text = "data: digits\nbudgets: {latency_ms: 0.5}\ntarget: "
+    (beside / "r.yaml").write_text(text + "mine.yaml")
+    (beside / "short.yaml").write_text(text + "mine")
+    (beside / "shipped.yaml").write_text(text + "eyeriss")
+    monkeypatch.chdir(here)
+    assert Recipe.load(beside / "r.yaml").target == str(beside / "mine.yaml")
+    assert Recipe.load(beside / "short.yaml").target == str(beside / "mine.yaml")
+    assert Recipe.load(beside / "shipped.yaml").target == "eyeriss"
+    (here / "mine.yaml").write_text(bundled)
+    found = Recipe.load(beside / "r.yaml")
+    assert found.target == str(here / "mine.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.parse(found.to_yaml()) == found
+
+
+def test_every_fault_of_a_target_file_stands_at_the_target(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text("name: t\nmodel: eyeris\nabot: x\n")
+    (tmp_path / "r.yaml").write_text("target: t.yaml\nbudgets: {latency_ms: 0.5}\nseed: -1\n")
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(tmp_path / "r.yaml")
+    places = [fault.removeprefix(f"{tmp_path}/").split(" ")[0] for fault in caught.value.faults]
+    assert places == ["r.yaml:1:9:"] * 3 + ["r.yaml:3:7:"]
+    assert "unknown key 'abot'" in str(caught.value)
+
+
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="cannot be read as UTF-8"):
@@ -258,7 +316,10 @@ recipes = st.fixed_dictionaries(
                 "settings": st.dictionaries(text, scalars | st.lists(scalars), max_size=4),
             },
         ),
-        "expected": st.dictionaries(text, positive, max_size=3),
+        "expected": st.fixed_dictionaries({}, optional={"accuracy_after": st.floats(0.01, 1)}),
+        "target": st.sampled_from(["eyeriss", "bismo-zynq7020"]),
+        "bits": st.fixed_dictionaries({"weight": st.integers(1, 32), "act": st.integers(1, 32)}),
+        "reference_bits": st.sampled_from([8, 32]),
     },
 )
 
@@ -277,6 +338,7 @@ def test_the_digest_depends_on_what_can_change_the_result_only() -> None:
     same = Recipe.parse(SMALL, overrides=["name=other", "expected={accuracy_after: 0.9}"])
     assert same.digest == recipe.digest
     changes = ["seed=1", "threads=1", "budgets.macs=0.4", "prune.keep=[a]", "finetune.epochs=3", "model=x"]
+    changes += ["target=eyeriss", "bits={weight: 8, act: 8}", "reference_bits=8"]
     digests = {Recipe.parse(SMALL, overrides=[change]).digest for change in changes}
     assert len(digests | {recipe.digest}) == len(changes) + 1
 

@@ -17,11 +17,13 @@ import torch
 from networks import TinyResNet
 from safetensors.torch import load_file
 
-from autocompress.core import Ledger
+from autocompress.core import Bits, Ledger
 from autocompress.core.errors import CheckpointError, RecipeError, RunDirectoryError
+from autocompress.hardware_sim import bundled_targets, load_target
 from autocompress.pipeline import Event, Recipe, compress, load_compressed, resume, run_recipe
+from autocompress.pipeline.comparison import shortfalls
 from autocompress.pipeline.run_directory import RunDirectory
-from autocompress.trace import measure
+from autocompress.trace import measure, trace
 from autocompress.training import evaluate, load_data
 from autocompress.zoo import build
 
@@ -180,6 +182,47 @@ def test_an_own_network_and_own_data_are_compressed_and_left_alone(tmp_path: Pat
         )
     with pytest.raises(CheckpointError, match="another network"):
         load_compressed(build("digits_vgg", num_classes=10, in_channels=3), tmp_path / "own")
+
+
+def test_a_run_within_a_latency_budget_goes_on_only_with_the_same_target(tmp_path: Path) -> None:
+    shipped = next(path for path in bundled_targets() if path.stem == "bismo-zynq7020").read_text()
+    (tmp_path / "own.yaml").write_text(shipped.replace("name: bismo-zynq7020", "name: own"))
+    (tmp_path / "r.yaml").write_text(
+        SMALL.replace("{macs: 0.5, params: 0.6}", "{latency_ms: 0.7, bitops: 0.9}").replace("ddpg", "random")
+        + "target: own.yaml\nbits: {weight: 8, act: 8}\nexpected: {accuracy_after: 1.0, tolerance: 0.0}\n"
+    )
+    stopped = False
+
+    def interrupt(event: Event) -> None:
+        nonlocal stopped
+        if event.stage == "search random" and event.done == 4 and not stopped:
+            stopped = True
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(Recipe.load(tmp_path / "r.yaml"), out=folder, on_event=interrupt)
+    (tmp_path / "own.yaml").write_text(shipped.replace("name: bismo-zynq7020", "name: own") + "# a remark\n")
+    changed = shipped.replace("value: 200", "value: 100")
+    original = (tmp_path / "own.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(changed.replace("name: bismo-zynq7020", "name: own"))
+    with pytest.raises(RunDirectoryError, match=r"other inputs \(target\)"):
+        resume(folder)
+    (tmp_path / "own.yaml").write_text(original)
+    result = resume(folder)
+    model = build(result.provenance["model"], num_classes=10, in_channels=1)
+    eight = {layer.name: Bits(8, 8) for layer in trace(model, (1, 8, 8)).graph.layers}
+    target = load_target(tmp_path / "own.yaml")
+    measured = target(trace(load_compressed(model, folder), (1, 8, 8)).graph.with_bits(eight))
+    before = target(trace(model, (1, 8, 8)).graph.with_bits(eight))
+    assert result.predicted["after"]["latency_ms"] == measured["latency_ms"] <= result.budgets["latency_ms"]
+    assert result.budgets["latency_ms"] == 0.7 * before["latency_ms"]
+    assert result.predicted["before"]["latency_ms"] == before["latency_ms"]
+    assert result.provenance["target"]["name"] == "own"
+    layers = json.loads((folder / "layers.json").read_text())
+    assert sum(layer["cost_after"]["latency_ms"] for layer in layers) == pytest.approx(measured["latency_ms"])
+    assert shortfalls(result) != []
+    assert "the recipe expects" in (folder / "report.html").read_text()
 
 
 def test_the_code_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
