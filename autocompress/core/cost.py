@@ -51,7 +51,11 @@ class CostModel(Protocol):
     """Maps a graph to a cost; deterministic, and never cheaper for a larger network."""
 
     name: str
-    metrics: tuple[Metric, ...]
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What it prices."""
+        ...
 
     def __call__(self, graph: LayerGraph) -> Cost:
         """The cost of one sample."""
