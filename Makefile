@@ -45,5 +45,5 @@ $(VENV)/installed: $(BIN)/uv $(INPUTS)
 	@touch $@
 
 $(VENV)/installed-dev: $(BIN)/uv $(INPUTS)
-	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[dev,fpga]'
 	@touch $(VENV)/installed $@
