@@ -14,6 +14,7 @@ from autocompress.hardware_sim.bit_fusion_schedule import (
     Figures,
     FusionArray,
     best_schedules,
+    least_costs,
     smallest_tile,
 )
 from autocompress.hardware_sim.model import HardwareModel, LayerCosts, refuse
@@ -116,6 +117,22 @@ class BitFusion(HardwareModel):
             memory_bound=(transfer >= fast.cycles)[inverse],
             extra={name: (part * per_sample)[inverse] for name, part in extra.items()},
         )
+
+    def layer_parts(self, table: LayerTable) -> dict[Metric, Floats]:
+        """Latency and energy of :meth:`layer_costs` in a fraction of its time, for populations of plans.
+
+        Raises:
+            UnsupportedLayerError: as :meth:`layer_costs`.
+        """
+        first, inverse = _distinct_rows(table)
+        layers = self._dense_layers(table, first)
+        self._check(table, first, inverse, layers)
+        cycles, energy = least_costs(layers, self.batch, self._array)
+        per_sample = table.groups[first] / self.batch
+        return {
+            "latency_ms": (cycles * per_sample / (self.clock_mhz * 1e3))[inverse],
+            "energy_mj": (energy * per_sample * 1e-9)[inverse],
+        }
 
     @property
     def _array(self) -> FusionArray:

@@ -158,6 +158,17 @@ def best_schedules(layers: DenseLayers, batch: int, array: FusionArray) -> tuple
     return chosen[0], chosen[1]
 
 
+def least_costs(layers: DenseLayers, batch: int, array: FusionArray) -> tuple[Floats, Floats]:
+    """Cycles of the fastest and picojoules of the thriftiest schedule of each layer, each of shape (N,).
+
+    The same minima as those of :func:`best_schedules`, without what else the two schedules do.
+    """
+    cycles, energy = np.zeros(len(layers.inputs)), np.zeros(len(layers.inputs))
+    for index in _blocks(layers, batch, array):
+        cycles[index], energy[index] = _least(layers.take(index), batch, array)
+    return cycles, energy
+
+
 def smallest_tile(layers: DenseLayers, array: FusionArray) -> tuple[Floats, Floats, Floats]:
     """Bits of weights, activations and outputs for one pixel, one input channel, one pass of the columns."""
     window, outputs = layers.kernel_h * layers.kernel_w, np.minimum(layers.outputs, array.columns)
@@ -179,6 +190,45 @@ def _search(layers: DenseLayers, batch: int, array: FusionArray) -> tuple[Figure
     return fast.figures, thrifty.figures
 
 
+def _least(layers: DenseLayers, batch: int, array: FusionArray) -> tuple[Floats, Floats]:
+    """:func:`least_costs` of a block of layers."""
+    tiles = _Tiles.of(layers, batch, array)
+    # Picojoules per bit that a tensor moves; outputs move both ways.
+    prices = (array.weight_pj[1] + array.dram_pj_per_bit, array.act_pj[1] + array.dram_pj_per_bit)
+    moved_pj = (*prices, sum(array.out_pj) + 2 * array.dram_pj_per_bit)
+    traffic = _least_sum(tiles, (1.0, 1.0, 2.0))
+    traffic[~tiles.fits] = np.inf
+    transfer = np.ceil(traffic / array.dram_bits_per_cycle)
+    fill = _fill_cycles(layers, array)[:, None, None, None]
+    cycles = np.maximum(tiles.compute + fill, transfer)
+    weight_bits, act_bits = (b[:, None, None, None] for b in (layers.weight_bits, layers.act_bits))
+    reads_pj = array.weight_pj[0] * weight_bits + array.act_pj[0] * act_bits
+    energy = _least_sum(tiles, moved_pj) + array.core_pj_per_cycle * tiles.compute
+    energy += reads_pj * tiles.macs + sum(array.out_pj) * tiles.sums
+    axes = (1, 2, 3)
+    return cycles.min(axis=axes), energy.min(axis=axes)
+
+
+def _least_sum(tiles: _Tiles, prices: tuple[float, float, float]) -> Floats:
+    """Least of the six loop orders: what weights, activations and outputs move, each times its price."""
+    (p, i, o), half = tiles.turns, tiles.half
+    weight, act, out = (once * price for once, price in zip(tiles.once, prices, strict=True))
+    again = (weight * p, act * o, out * i)
+    w_i, w_o, w_io = (np.where(tiles.weight * t > half[0], again[0], weight) for t in (i, o, i * o))
+    a_p, a_i, a_pi = (np.where(tiles.act * t > half[1], again[1], act) for t in (p, i, p * i))
+    o_p, o_o, o_po = (np.where(tiles.out * t > half[2], again[2], out) for t in (p, o, p * o))
+    least = weight + a_pi + o_p  # the orders of _repeats; a tile alone always fits
+    for parts in (
+        (weight, a_p, o_po),
+        (w_i, a_pi, out),
+        (w_o, act, o_po),
+        (w_io, a_i, out),
+        (w_io, act, o_o),
+    ):
+        np.minimum(least, parts[0] + parts[1] + parts[2], out=least)
+    return least
+
+
 def _fill_cycles(layers: DenseLayers, array: FusionArray) -> Floats:
     """Cycles in which the first operands arrive and the last outputs leave, with the array idle.
 
@@ -190,38 +240,76 @@ def _fill_cycles(layers: DenseLayers, array: FusionArray) -> Floats:
     return np.asarray(np.ceil((operands + 2 * outputs * ACCUMULATOR_BITS) / array.dram_bits_per_cycle))
 
 
+@dataclass(frozen=True, eq=False)
+class _Tiles:
+    """Tilings of N layers: positions along axis 1, input channels along axis 2, output channels along axis 3.
+
+    Args:
+        fits: whether every tile fits half its buffer.
+        compute, macs, sums: as in :class:`Figures`; ``compute`` is infinite where a tile does not fit.
+        weight, act, out: bits of one tile.
+        once: bits of all tiles of weights, activations and outputs, each moved once.
+        turns: of the loops over positions, input channels and output channels.
+        half: bits of half of each buffer.
+    """
+
+    fits: NDArray[np.bool_]
+    compute: Floats
+    macs: Floats
+    sums: Floats
+    weight: Floats
+    act: Floats
+    out: Floats
+    once: tuple[Floats, Floats, Floats]
+    turns: tuple[Floats, Floats, Floats]
+    half: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, layers: DenseLayers, batch: int, array: FusionArray) -> _Tiles:
+        def wide(values: Floats) -> Floats:
+            return values[:, None, None, None]
+
+        pixels, pixels_in, turns_p = (v[:, :, None, None] for v in _position_tiles(layers, batch))
+        blocks = np.ceil(layers.outputs / array.columns)
+        ic = np.minimum(_powers(layers.inputs)[None, None, :, None], wide(layers.inputs))
+        oc = np.minimum(array.columns * _powers(blocks)[None, None, None, :], wide(layers.outputs))
+        turns_i, turns_o = np.ceil(wide(layers.inputs) / ic), np.ceil(wide(layers.outputs) / oc)
+        window, lanes = wide(layers.kernel_h * layers.kernel_w), wide(array.rows * layers.fusion)
+        # With fewer channels than rows the window is unrolled along the rows, as for published first layers.
+        unrolled = wide(layers.inputs) < array.rows
+        steps = np.where(unrolled, np.ceil(window * ic / lanes), window * np.ceil(ic / lanes))
+        weight = window * ic * oc * wide(layers.weight_bits)
+        act = pixels_in * ic * wide(layers.act_bits)
+        out = pixels * oc * ACCUMULATOR_BITS
+        half = (array.weight_half_bits, array.act_half_bits, array.out_half_bits)
+        fits = (weight <= half[0]) & (act <= half[1]) & (out <= half[2])
+        passes = (pixels * turns_p) * (turns_i * steps * (turns_o * np.ceil(oc / array.columns)))
+        return cls(
+            fits=fits,
+            compute=np.where(fits, passes, np.inf),
+            macs=(pixels * turns_p) * (turns_i * ic * window * (turns_o * oc)),
+            sums=(out * turns_p * turns_o) * turns_i,
+            weight=weight,
+            act=act,
+            out=out,
+            once=(weight * turns_i * turns_o, act * turns_p * turns_i, out * turns_p * turns_o),
+            turns=(turns_p, turns_i, turns_o),
+            half=half,
+        )
+
+
 def _schedules(layers: DenseLayers, batch: int, array: FusionArray) -> Iterator[tuple[Floats, ...]]:
     """For each loop order: compute, macs, weights, acts, outs, sums, each of shape (N, tilings)."""
-
-    def wide(values: Floats) -> Floats:
-        return values[:, None, None, None]
-
-    pixels, pixels_in, turns_p = (values[:, :, None, None] for values in _position_tiles(layers, batch))
-    blocks = np.ceil(layers.outputs / array.columns)
-    ic = np.minimum(_powers(layers.inputs)[None, None, :, None], wide(layers.inputs))
-    oc = np.minimum(array.columns * _powers(blocks)[None, None, None, :], wide(layers.outputs))
-    turns_i, turns_o = np.ceil(wide(layers.inputs) / ic), np.ceil(wide(layers.outputs) / oc)
-    window, lanes = wide(layers.kernel_h * layers.kernel_w), wide(array.rows * layers.fusion)
-    # With fewer channels than rows the window is unrolled along the rows, as for the published first layers.
-    unrolled = wide(layers.inputs) < array.rows
-    steps = np.where(unrolled, np.ceil(window * ic / lanes), window * np.ceil(ic / lanes))
-    weight = window * ic * oc * wide(layers.weight_bits)
-    act = pixels_in * ic * wide(layers.act_bits)
-    out = pixels * oc * ACCUMULATOR_BITS
-    half = (array.weight_half_bits, array.act_half_bits, array.out_half_bits)
-    fits = (weight <= half[0]) & (act <= half[1]) & (out <= half[2])
-    compute = np.where(
-        fits, pixels * turns_p * turns_i * steps * turns_o * np.ceil(oc / array.columns), np.inf
-    )
-    macs = pixels * turns_p * turns_i * ic * window * turns_o * oc
-    sums = out * turns_p * turns_o * turns_i
-    once = (weight * turns_i * turns_o, act * turns_p * turns_i, out * turns_p * turns_o)
+    tiles = _Tiles.of(layers, batch, array)
     flat = (len(layers.inputs), -1)
-    shared = [np.broadcast_to(part, fits.shape).reshape(flat) for part in (compute, macs, sums)]
-    for repeats in _repeats((weight, act, out), half, (turns_p, turns_i, turns_o)):
+    shared = [
+        np.broadcast_to(part, tiles.fits.shape).reshape(flat)
+        for part in (tiles.compute, tiles.macs, tiles.sums)
+    ]
+    for repeats in _repeats((tiles.weight, tiles.act, tiles.out), tiles.half, tiles.turns):
         moved = (
-            np.broadcast_to(bits * times, fits.shape).reshape(flat)
-            for bits, times in zip(once, repeats, strict=True)
+            np.broadcast_to(bits * times, tiles.fits.shape).reshape(flat)
+            for bits, times in zip(tiles.once, repeats, strict=True)
         )
         yield (shared[0], shared[1], *moved, shared[2])
 

@@ -151,19 +151,23 @@ class ChoiceTables:
             yield LayerTable.joined(block)
 
     def of_plans(
-        self, sizes: Mapping[str, Ints], weight_bits: Mapping[str, Ints], act_bits: Mapping[str, Ints]
+        self,
+        *,
+        sizes: Mapping[str, Ints] | None = None,
+        weight_bits: Mapping[str, Ints] | None = None,
+        act_bits: Mapping[str, Ints] | None = None,
     ) -> dict[Metric, Floats]:
         """Costs of every layer in P plans, shape (P, layers), or (1, layers) where nothing is named.
 
         Args:
             sizes, weight_bits, act_bits: each of shape (P,), all among the choices.
         """
-        sizes = self._sizes | dict(sizes)
-        ranks = [width.in_plans(sizes) for width in self._widths]
+        all_sizes, weight, act = self._sizes | dict(sizes or {}), weight_bits or {}, act_bits or {}
+        ranks = [width.in_plans(all_sizes) for width in self._widths]
         rows = [
             layer.places.take(ranks[layer.inputs] * layer.num_outputs + ranks[layer.outputs])
-            + layer.weight_steps.take(weight_bits.get(layer.name, layer.bits.weight))
-            + layer.act_steps.take(act_bits.get(layer.name, layer.bits.act))
+            + layer.weight_steps.take(weight.get(layer.name, layer.bits.weight))
+            + layer.act_steps.take(act.get(layer.name, layer.bits.act))
             for layer in self._layers
         ]
         numbers = np.stack(np.broadcast_arrays(*rows))
@@ -175,8 +179,10 @@ class ChoiceTables:
         Raises:
             KeyError: the plan leaves the choices.
         """
-        if not (plan.channels.keys() <= self._choices.sizes.keys() and plan.bits.keys() <= self._named):
-            raise KeyError("a group or layer without choices")
+        if not plan.bits.keys() <= self._named or any(
+            size not in self._allowed[group] for group, size in plan.channels.items()
+        ):
+            raise KeyError("a layer or size that is no choice")
         sizes = {**self._graph.sizes, **plan.channels}
         ranks = [width.in_plan(sizes) for width in self._widths]
         chosen, rows = plan.bits, []
@@ -187,6 +193,10 @@ class ChoiceTables:
         numbers = np.array(rows)
         parts = {metric: entries.take(numbers)[None] for metric, entries in self._entries.items()}
         return parts, np.array([self._graph.other_params.at(sizes)], dtype=np.float64)
+
+    @cached_property
+    def _allowed(self) -> dict[str, frozenset[int]]:
+        return {group: frozenset(sizes.tolist()) for group, sizes in self._choices.sizes.items()}
 
     @cached_property
     def _named(self) -> frozenset[str]:

@@ -46,7 +46,6 @@ class Lookup(HardwareModel):
     kind: ClassVar[str] = "lookup"
     mapping: ClassVar[str] = "as measured"
     energy_table: ClassVar[str] = "as measured; none if the table has no energies"
-    additive: ClassVar[bool] = False
 
     name: str
     table: str
@@ -59,6 +58,11 @@ class Lookup(HardwareModel):
         if self.missing not in ("error", "regress"):
             raise ValueError(f"missing must be error or regress, got {self.missing!r}")
         _ = self.measurements  # a wrong table shows when the target is loaded, not in the middle of a search
+
+    @cached_property
+    def additive(self) -> bool:  # type: ignore[override]
+        """Whether the table has single layers only; blocks are found in whole networks."""
+        return all(len(entry.layers) == 1 for entry in self.measurements.entries)
 
     @property
     def metrics(self) -> tuple[Metric, ...]:  # type: ignore[override]

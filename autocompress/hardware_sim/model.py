@@ -3,7 +3,7 @@
 A model gives one method, :meth:`HardwareModel.layer_costs`, on a :class:`LayerTable`; single networks,
 batches of graphs and whole populations of plans are priced by it. A model whose layers do not stand alone
 (shared resources, blocks measured as one) also overrides :meth:`HardwareModel.network_costs`, one whose
-total is not the sum over layers (a pipeline) :meth:`HardwareModel.totals`.
+total is not the sum over layers (a pipeline) :meth:`HardwareModel.totals`. Both say so: ``additive = False``.
 """
 
 from __future__ import annotations
@@ -124,7 +124,14 @@ class HardwareModel(LayerwiseModel):
         return self.combined(parts, np.zeros(1))
 
     def _priced(self, graph: LayerGraph, table: LayerTable, other_params: Floats) -> dict[Metric, Floats]:
-        return self.totals(self._named_costs(table, graph), len(graph.layers))
+        if not self.additive:
+            return self.totals(self._named_costs(table, graph), len(graph.layers))
+        try:
+            parts = self.layer_parts(table)
+        except UnsupportedLayerError as fault:
+            raise fault.named(graph.layers) from None
+        shape = (-1, len(graph.layers))
+        return self.combined({metric: part.reshape(shape) for metric, part in parts.items()}, other_params)
 
     def __call__(self, graph: LayerGraph) -> Cost:
         """The cost of one network, with the share of every layer."""

@@ -156,11 +156,18 @@ def _faults(graph: LayerGraph, knobs: Sequence[Knob]) -> list[str]:
                 f"knob {knob.name!r} chooses an architecture, which is another graph; price each with its own"
             )
         elif knob.kind == "channels":
-            size = graph.sizes.get(knob.name)
-            if size is None:
-                faults.append(f"knob {knob.name!r}: no such channel group")
-            elif not all(1 <= int(choice) <= size for choice in knob.choices):
-                faults.append(f"knob {knob.name!r}: sizes must be from 1 to {size}, got {knob.choices}")
+            faults += _size_faults(graph, knob)
         elif knob.name not in first_calls:
             faults.append(f"knob {knob.name!r}: no such layer, or a later call, which has the first's bits")
     return faults
+
+
+def _size_faults(graph: LayerGraph, knob: Knob) -> list[str]:
+    if knob.name not in graph.sizes:
+        return [f"knob {knob.name!r}: no such channel group"]
+    size, locked = graph.sizes[knob.name], graph.group(knob.name).locked
+    least = 1 if locked is None else size
+    if all(least <= int(choice) <= size for choice in knob.choices):
+        return []
+    reason = "" if locked is None else f" ({locked})"
+    return [f"knob {knob.name!r}: sizes must be from {least} to {size}{reason}, got {knob.choices}"]
