@@ -1,0 +1,1 @@
+"""Architecture search: spaces, searches by gradient over supernets, searches by samples, zero-cost scores."""
