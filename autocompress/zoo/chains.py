@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -65,6 +66,35 @@ def vgg(config: Sequence[int | str], *, num_classes: int, in_channels: int) -> n
             layers += [*conv_bn(width, item), nn.ReLU(inplace=True)]
             width = item
     return Classifier(nn.Sequential(*layers), width, num_classes)
+
+
+def cnv(*, num_classes: int, in_channels: int) -> nn.Module:
+    """CNV, the VGG-like network of FINN's examples, for 32x32 images.
+
+    Six 3x3 convolutions without padding and three linear layers; no global pooling, which streaming pipelines
+    on FPGAs do not have.
+
+    Umuroglu et al., FINN, arXiv 1612.07119, section 4.1. Differs from the paper in full-precision layers with
+    ReLU: bits come from a plan.
+
+    Args:
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+    """
+    layers: list[nn.Module] = []
+    width = in_channels
+    for index, out in enumerate((64, 64, 128, 128, 256, 256)):
+        layers += [nn.Conv2d(width, out, 3, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+        layers += [nn.MaxPool2d(2)] if index in (1, 3) else []
+        width = out
+    head: list[nn.Module] = [nn.Flatten()]
+    for out in (512, 512):
+        head += [nn.Linear(width, out, bias=False), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
+        width = out
+    head.append(nn.Linear(width, num_classes))
+    model = nn.Sequential(OrderedDict(features=nn.Sequential(*layers), classifier=nn.Sequential(*head)))
+    initialise(model)
+    return model
 
 
 def mobilenet_v1(

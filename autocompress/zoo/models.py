@@ -9,7 +9,7 @@ from torch import nn
 
 from autocompress.core.errors import RecipeError
 from autocompress.core.wording import did_you_mean
-from autocompress.zoo.chains import mobilenet_v1, mobilenet_v2, vgg
+from autocompress.zoo.chains import cnv, mobilenet_v1, mobilenet_v2, vgg
 from autocompress.zoo.own import call_factory
 from autocompress.zoo.resnet import ResNet
 
@@ -29,6 +29,7 @@ _MOBILENET_V1 = (
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg16": partial(vgg, _VGG16),
+    "cnv": cnv,
     "mobilenet_v1": partial(mobilenet_v1, _MOBILENET_V1, stem=32),
     "mobilenet_v2": mobilenet_v2,
     "resnet20": partial(ResNet, 20, shortcut="pad"),

@@ -45,6 +45,15 @@ def test_vgg16_has_thirteen_convolutions_of_the_paper_and_one_linear_layer() -> 
     assert [m.in_features for m in model.modules() if isinstance(m, nn.Linear)] == [512]
 
 
+def test_cnv_has_the_weights_of_finns_network() -> None:
+    # Xilinx/BNN-PYNQ at d39c1c7, bnn/src/network/cnvW1A1/hw/config.h: rows times columns of the layers, the
+    # last of them padded there to 64 outputs.
+    shapes = [(27, 64), (576, 64), (576, 128), (1152, 128), (1152, 256), (2304, 256), (256, 512), (512, 512)]
+    model = zoo.build("cnv", num_classes=64)
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert [(m.weight[0].numel(), len(m.weight)) for m in layers] == [*shapes, (512, 64)]
+
+
 def test_mobilenet_v2_has_torchvisions_parameters() -> None:
     # The strides differ, not the weights: torchvision's published count for 1000 classes.
     assert _num_weights(zoo.build("mobilenet_v2", num_classes=1000)) == 3_504_872
