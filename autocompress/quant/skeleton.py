@@ -113,52 +113,71 @@ class Skeleton:
         make_quantiser: Callable[[str, int], nn.Module],
         make_layer: Callable[[str, Bits], nn.Module],
         make_plain: Callable[[], nn.Module] | None = None,
+        finish: Callable[[fx.Graph, Mapping[str, Any]], None] | None = None,
     ) -> fx.GraphModule:
-        """A copy with quantisers and other layers put in.
+        """A copy with quantisers and other layers put in, in evaluation mode.
 
         Layers without bits, or with 32, stay as they are. Readers of one tensor at equal bits share one
-        quantiser.
+        quantiser; a tensor read at several widths is rounded to :data:`INNER_BITS` first (or to the widest)
+        and from there to the others, so that the layer that makes it writes integers.
 
         Args:
             bits: layer -> bit-widths.
             make_quantiser: (source, bits) -> module that maps the tensor to its quantised values.
             make_layer: (layer, bits) -> module in the layer's place.
             make_plain: module that turns a quantised tensor into a plain one, for readers that are no layers.
+            finish: a last change of the graph, whose nodes name these modules, before code is made of it.
 
         Raises:
             ValueError: a layer the network lacks.
         """
         if unknown := sorted(set(bits) - set(self.layers)):
             raise ValueError(f"no layer named {unknown}; the network has {sorted(self.layers)}")
-        result = fx.GraphModule(self.graph_module, copy.deepcopy(self.graph_module.graph))
-        nodes = {node.name: node for node in result.graph.nodes}
+        graph = copy.deepcopy(self.graph_module.graph)
+        nodes = {node.name: node for node in graph.nodes}
+        targets = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
+        modules = {target: operator.attrgetter(target)(self.graph_module) for target in targets}
         made: dict[tuple[str, int], fx.Node] = {}
         plain: dict[str, fx.Node] = {}
-        quantises = any(b.act < 32 for b in bits.values())
-        for use in self.uses:
-            width = INNER_BITS if use.layer is None else bits.get(use.layer, Bits()).act
-            if width >= 32 or not quantises:
-                continue
-            source, key = nodes[use.source], (use.source, width)
-            if key not in made:
-                name = f"{use.source}_quant{width}"
-                result.add_submodule(name, make_quantiser(*key))
-                with result.graph.inserting_after(source):
-                    made[key] = result.graph.call_module(name, (source,))
-            quantised = made[key]
+        reads = self._reads(bits)
+        widths: dict[str, set[int]] = {}
+        for use, width in reads:
+            widths.setdefault(use.source, set()).add(width)
+
+        def quantised_at(name: str, width: int) -> fx.Node:
+            if (name, width) not in made:
+                first = max(INNER_BITS, *widths[name])
+                alone = len(widths[name]) == 1 or width == first
+                before = nodes[name] if alone else quantised_at(name, first)
+                modules[f"{name}_quant{width}"] = make_quantiser(name, width)
+                with graph.inserting_after(before):
+                    made[name, width] = graph.call_module(f"{name}_quant{width}", (before,))
+            return made[name, width]
+
+        for use, width in reads:
+            source, quantised = nodes[use.source], quantised_at(use.source, width)
             if use.layer is None and make_plain is not None:
                 if use.source not in plain:
-                    result.add_submodule(f"{use.source}_plain", make_plain())
-                    with result.graph.inserting_after(quantised):
-                        plain[use.source] = result.graph.call_module(f"{use.source}_plain", (quantised,))
+                    modules[f"{use.source}_plain"] = make_plain()
+                    with graph.inserting_after(quantised):
+                        plain[use.source] = graph.call_module(f"{use.source}_plain", (quantised,))
                 quantised = plain[use.source]
             nodes[use.reader].replace_input_with(source, quantised)
         for layer, chosen in bits.items():
             if chosen != Bits():
-                result.set_submodule(layer, make_layer(layer, chosen))
-        result.graph.lint()
-        result.recompile()
-        return result
+                modules[layer] = make_layer(layer, chosen)
+        if finish is not None:
+            finish(graph, modules)
+        return fx.GraphModule(modules, graph).eval()
+
+    def _reads(self, bits: Mapping[str, Bits]) -> list[tuple[Use, int]]:
+        """The uses that read quantised tensors under some bits, with their widths."""
+        if all(chosen.act >= 32 for chosen in bits.values()):
+            return []
+        widths = [
+            (use, INNER_BITS if use.layer is None else bits.get(use.layer, Bits()).act) for use in self.uses
+        ]
+        return [(use, width) for use, width in widths if width < 32]
 
     def _layer_nodes(self) -> list[fx.Node]:
         return [node for node in self.graph_module.graph.nodes if self._is(node, LAYER_TYPES)]

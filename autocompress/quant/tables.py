@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +18,7 @@ from autocompress.core.plan import Plan
 from autocompress.quant.calibration import Calibration
 from autocompress.quant.grids import Grid, quantise_bias, symmetric
 from autocompress.quant.ranges import clip_thresholds
-from autocompress.quant.skeleton import Layer, Skeleton
+from autocompress.quant.skeleton import LAYER_TYPES, Layer, Skeleton
 
 _MAX_BYTES = 1 << 30  # of rounded weights kept; the least recently used go first
 
@@ -75,11 +79,11 @@ class QuantTables:
         """The grid of what a layer reads."""
         return self.calibration.grid(self.skeleton.source_of(layer), bits)
 
-    def network(self, plan: Plan) -> nn.Module:
+    def network(self, plan: Plan) -> fx.GraphModule:
         """The quantised network of a plan, for evaluation only; equal to the Brevitas one to the last bit.
 
         Costs a small share of one evaluation: weights come from the table, and a quantiser behind a ReLU
-        does the ReLU's work.
+        does the ReLU's work and rounds in place.
 
         Args:
             plan: its ``bits`` name layers of the network; without bits it is the float network.
@@ -87,13 +91,12 @@ class QuantTables:
         Raises:
             ValueError: a layer the network lacks, or bits that no grid has.
         """
-        net = self.skeleton.instrumented(
+        return self.skeleton.instrumented(
             plan.bits,
             make_quantiser=lambda source, bits: Quantiser(self.calibration.grid(source, bits)),
             make_layer=self._layer,
+            finish=_save_passes,
         )
-        _skip_relus(net)
-        return net.eval()
 
     def _layer(self, layer: str, bits: Bits) -> nn.Module:
         original = self.skeleton.layers[layer]
@@ -139,28 +142,21 @@ def _mean_shift(module: Layer, error: Tensor, means: Tensor) -> Tensor:
     return torch.einsum("goi,gi->go", outputs, by_group).flatten()
 
 
-def _skip_relus(net: fx.GraphModule) -> None:
-    """Take out every ReLU that only grids without negative values read: they clamp at 0 themselves."""
-    for node in list(net.graph.nodes):
-        if node.op != "call_module" or not isinstance(net.get_submodule(str(node.target)), nn.ReLU):
-            continue
-        readers = [net.get_submodule(str(u.target)) if u.op == "call_module" else None for u in node.users]
-        if readers and all(isinstance(r, Quantiser) and not r.grid.signed for r in readers):
-            node.replace_all_uses_with(node.args[0])
-            net.graph.erase_node(node)
-    net.recompile()
-
-
 class Quantiser(nn.Module):
-    """Rounds a tensor to a fixed grid."""
+    """Rounds a tensor to a fixed grid.
 
-    def __init__(self, grid: Grid) -> None:
+    Args:
+        grid: the grid.
+        in_place: write the rounded values into the input, which nothing else may read.
+    """
+
+    def __init__(self, grid: Grid, *, in_place: bool = False) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.in_place = grid, in_place
 
     def forward(self, x: Tensor) -> Tensor:
         """The nearest values of the grid, shape of ``x``."""
-        return self.grid.quantise(x)
+        return self.grid.quantise(x.detach(), in_place=self.in_place)
 
 
 class FixedLayer(nn.Module):
@@ -178,3 +174,55 @@ class FixedLayer(nn.Module):
             return F.linear(x, self.weight, self.bias)
         made: Tensor = original._conv_forward(x, self.weight, self.bias)
         return made
+
+
+def _save_passes(graph: fx.Graph, modules: Mapping[str, Any]) -> None:
+    """Let quantisers do the work of clamps in front of them, and round in place what only they read."""
+    for node in list(graph.nodes):
+        top = _clamped_at(node, modules)
+        if top is None or not node.users:
+            continue
+        grids = [getattr(_called(user, modules), "grid", None) for user in node.users]
+        if all(grid is not None and _clamps_too(grid, top) for grid in grids):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    for node in graph.nodes:
+        quantiser = _called(node, modules)
+        if isinstance(quantiser, Quantiser):
+            quantiser.in_place = _is_own(node.args[0], modules)
+
+
+def _called(node: fx.Node, modules: Mapping[str, Any]) -> Any:
+    """The module that a node calls, or None."""
+    return modules[str(node.target)] if node.op == "call_module" else None
+
+
+def _clamped_at(node: fx.Node, modules: Mapping[str, Any]) -> float | None:
+    """The upper end of a clamp from 0; None for any other operation."""
+    module = _called(node, modules)
+    if isinstance(module, nn.Hardtanh):  # ReLU6 is one
+        return float(module.max_val) if module.min_val == 0 else None
+    if isinstance(module, nn.ReLU) or (module is None and node.target in (F.relu, torch.relu, "relu")):
+        return math.inf
+    return 6.0 if node.target is F.relu6 else None
+
+
+def _clamps_too(grid: Grid, top: float) -> bool:
+    """Whether rounding to a grid gives the same with and without a clamp to [0, top] in front."""
+    if grid.signed or grid.zero_point is not None:
+        return False
+    return bool((grid.integers(torch.full_like(grid.threshold, top)) == grid.high).all())
+
+
+_FRESH = (operator.add, torch.add, torch.cat)
+_ADDS_IN_PLACE = (operator.iadd, "add_")
+
+
+def _is_own(node: fx.Node, modules: Mapping[str, Any]) -> bool:
+    """Whether a node's output is memory of its own that a single node reads."""
+    if len(node.users) > 1:
+        return False
+    if node.target in _ADDS_IN_PLACE:
+        return _is_own(node.args[0], modules)  # type: ignore[arg-type]
+    made_by = _called(node, modules)
+    return isinstance(made_by, (*LAYER_TYPES, FixedLayer, Quantiser)) or node.target in _FRESH
