@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,14 +12,16 @@ from autocompress.core.cost import Metric
 from autocompress.core.graph import LayerGraph
 from autocompress.hardware_sim.energy import HOROWITZ, mac_pj, sram_pj_per_bit
 from autocompress.hardware_sim.finn_folding import (
+    WIDEST_STREAM_BITS,
     Folding,
     StageCosts,
     cheapest_at,
     fastest_within,
     stage_costs,
 )
-from autocompress.hardware_sim.model import HardwareModel, LayerCosts, refuse
-from autocompress.hardware_sim.table import Floats, Ints, LayerTable
+from autocompress.hardware_sim.finn_latency import first_image_cycles
+from autocompress.hardware_sim.model import HardwareModel, LayerCosts, UnsupportedLayerError, refuse
+from autocompress.hardware_sim.table import Floats, Ints, LayerTable, ceil_div
 
 MAX_BITS = 8
 """FINN's MVAU_rtl takes up to 8 bits, and a wider activation needs more than 255 thresholds per channel."""
@@ -41,8 +44,8 @@ class FinnDataflow(HardwareModel):
 
     So that a larger network never costs less, foldings come from one ladder of (PE, SIMD) pairs for all
     layers, channels are padded with zeros to whole folds, and a layer's block RAMs are the fewest that FINN
-    estimates on its own rung or any faster one. Where block RAMs decide, prices are therefore optimistic
-    against a folding that can be built (by a factor of up to 1.4 in the examples of
+    estimates on its own rung or any faster one. Where block RAMs or the widths of streams decide, prices are
+    therefore optimistic against a folding that can be built (by a factor of up to 1.5 in the examples of
     ``docs/hardware/finn_dataflow.md``, which has both): check a chosen plan with :meth:`folding`, which
     gives one FINN accepts. A network that does not fit even at PE = SIMD = 1 is priced at that folding's
     interval times the factor by which it exceeds the device (``extra["device_share"]`` above 1): a penalty
@@ -137,27 +140,34 @@ class FinnDataflow(HardwareModel):
         totals["latency_ms"] = interval
         return totals
 
-    def single_image_ms(self, graph: LayerGraph) -> float:
-        """Upper bound on the time of one image through an empty pipeline: the sum of its stages.
+    def single_image_ms(self, graph: LayerGraph, folding: Folding | None = None) -> float:
+        """Time of one image through an empty pipeline; see :func:`.first_image_cycles`.
 
-        The stages overlap, so the true figure is lower: 527 us against 743 us for CNV-W1A1 at 300 MHz.
+        Args:
+            graph: the network.
+            folding: a folding of it; None for the one it is priced at.
         """
-        return float(self.layer_costs(LayerTable.of(graph.layers)).latency_ms.sum())
+        table = LayerTable.of(graph.layers)
+        cycles = self.layer_costs(table).extra["cycles"] if folding is None else folding.costs.cycles
+        return first_image_cycles(table, cycles) / (self.clock_mhz * 1e3)
 
     def folding(self, graph: LayerGraph) -> Folding:
-        """The best folding FINN accepts: PE and SIMD divide the channels.
+        """The best folding that FINN can build; see :func:`.buildable`.
 
         The fastest that fits the device or, when a rate is given, the smallest that reaches it.
 
         Raises:
             InfeasibleBudgetError: nothing fits, or nothing reaches the rate.
-            UnsupportedLayerError: a layer FINN cannot build.
+            UnsupportedLayerError: layers FINN cannot build, by name.
         """
         table = LayerTable.of(graph.layers)
-        self._check(table)
-        if self.target_cycles is None:
-            return fastest_within(table, self.capacity, multipliers=self.multipliers)
-        return cheapest_at(table, self.target_cycles, self.capacity, multipliers=self.multipliers)
+        try:
+            self._check(table)
+            if self.target_cycles is None:
+                return fastest_within(table, self.capacity, multipliers=self.multipliers)
+            return cheapest_at(table, self.target_cycles, self.capacity, multipliers=self.multipliers)
+        except UnsupportedLayerError as fault:
+            raise fault.named(graph.layers) from None
 
     def folding_config(self, graph: LayerGraph) -> dict[str, dict[str, Any]]:
         """:meth:`folding` as the content of FINN's folding configuration file.
@@ -167,16 +177,18 @@ class FinnDataflow(HardwareModel):
         """
         folding = self.folding(graph)
         config: dict[str, dict[str, Any]] = {"Defaults": {}}
-        counts = {"MVAU_hls": 0, "VVAU_hls": 0, "ConvolutionInputGenerator_rtl": 0}
+        counts: dict[str, int] = defaultdict(int)
 
         def add(kind: str, values: dict[str, Any]) -> None:
             config[f"{kind}_{counts[kind]}"] = values
             counts[kind] += 1
 
         for layer, pe, simd in zip(graph.layers, folding.pe, folding.simd, strict=True):
-            if layer.kind == "conv" and (layer.kernel, layer.stride) != ((1, 1), (1, 1)):
-                lanes = pe if layer.is_depthwise else simd
+            lanes = pe if layer.is_depthwise else simd
+            if layer.kind == "conv" and layer.kernel != (1, 1):
                 add("ConvolutionInputGenerator_rtl", {"SIMD": lanes, "ram_style": "auto"})
+            elif layer.stride != (1, 1):
+                add("DownSampler_hls", {"SIMD": lanes})
             fold = {"PE": pe, "SIMD": simd, "ram_style": "auto", "resType": self.multipliers}
             add("VVAU_hls" if layer.is_depthwise else "MVAU_hls", fold)
         return config
@@ -248,6 +260,12 @@ class FinnDataflow(HardwareModel):
                 "grouped convolutions must be depthwise with as many outputs as inputs",
             ),
             (table.transposed == 1, "transposed convolutions have no streaming unit here"),
+            (
+                (table.kernel_h * table.kernel_w == 1)
+                & (table.stride_h * table.stride_w > 1)
+                & ((table.stride_h != table.stride_w) | (table.in_h != table.in_w)),
+                "1x1 convolutions with strides must have equal ones on a square map",
+            ),
         )
 
 
@@ -270,12 +288,23 @@ LADDER = _ladder()
 """The foldings layers are priced at, shape (number of rungs, 2)."""
 
 
+def _most_lanes() -> Ints:
+    """By weight bits: most lanes, 2^k or 3 * 2^k, whose weights fit one word of FINN's widest stream."""
+    sizes = np.unique([step << power for power in range(14) for step in (1, 3)])
+    widest = WIDEST_STREAM_BITS // np.arange(1, MAX_BITS + 1)
+    return np.concatenate([[0], sizes[np.searchsorted(sizes, widest, side="right") - 1]])
+
+
+_MOST_LANES = _most_lanes()
+
+
 def _rungs(table: LayerTable, multipliers: str) -> StageCosts:
     """Costs of every layer on every rung, shape (N, rungs): cycles never rise, resources never fall."""
     pe, simd = _lanes(table)
     costs = stage_costs(table, pe, simd, multipliers=multipliers)
     least = np.minimum.accumulate(costs.brams[:, ::-1], axis=1)[:, ::-1]
-    return replace(costs, brams=least)
+    fewest = ceil_div(table.macs, _MOST_LANES[table.weight_bits])
+    return replace(costs, cycles=np.maximum(costs.cycles, fewest[:, None]), brams=least)
 
 
 def _lanes(table: LayerTable) -> tuple[Ints, Ints]:
@@ -316,7 +345,7 @@ def _distinct(table: LayerTable) -> tuple[LayerTable, Ints]:
             room = len(key)
         key, room = key * span + column, room * span
     _, first, row = np.unique(key, return_index=True, return_inverse=True)
-    return LayerTable(**{name: column[first] for name, column in vars(table).items()}), row
+    return table.take(first), row
 
 
 def _energy(table: LayerTable) -> dict[str, Floats]:

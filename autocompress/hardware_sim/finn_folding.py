@@ -16,10 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.core.errors import InfeasibleBudgetError
+from autocompress.hardware_sim.model import refuse
 from autocompress.hardware_sim.table import Floats, Ints, LayerTable, ceil_div
 
 DSP_PRODUCT_BITS = 48
 """Sum of operand widths one DSP slice takes in FINN's estimate."""
+WIDEST_STREAM_BITS = 8191
+"""Widest word of a stream in FINN's HLS units (``AP_INT_MAX_W``)."""
+MAX_SIMD_FOLDS = 1024
+"""FINN's MVAU_hls is not synthesised with more folds of the inputs: it asks for SIMD >= MW / 1024."""
 MAX_FRONT = 256
 """Partial designs the exact search keeps; small networks never reach it."""
 
@@ -51,11 +56,6 @@ class Folding:
     def interval_cycles(self) -> int:
         """Cycles between two images in steady state: those of the slowest stage."""
         return int(self.costs.cycles.max())
-
-    @property
-    def latency_cycles(self) -> int:
-        """Upper bound on the cycles of a single image: the stages one after the other."""
-        return int(self.costs.cycles.sum())
 
 
 def stage_costs(table: LayerTable, pe: Ints, simd: Ints, *, multipliers: str) -> StageCosts:
@@ -116,9 +116,40 @@ def matrix_luts(
     width = weight_bits + act_bits
     products = simd * (2 * ceil_div(width, 6) - 1) * width if multipliers == "lut" else 0
     adders = width * (2 * simd - 1)
-    alpha = np.log2(dot_length) + width - 1 - signed
-    accumulator = np.minimum(32, np.ceil(alpha + np.log2(1 + np.exp2(-alpha)) + 1))
+    accumulator = _accumulator_bits(dot_length, width, signed)
     return np.asarray(np.floor(300 + 1.1 * pe * (products + adders + accumulator)))
+
+
+def _accumulator_bits(dot_length: Ints, width: Ints, signed: NDArray[np.bool_]) -> Floats:
+    alpha = np.log2(dot_length) + width - 1 - signed
+    return np.asarray(np.minimum(32, np.ceil(alpha + np.log2(1 + np.exp2(-alpha)) + 1)))
+
+
+def buildable(table: LayerTable, pe: Ints, simd: Ints) -> NDArray[np.bool_]:
+    """Whether FINN can build stages with some foldings, shape (N, F).
+
+    PE divides the output channels and SIMD the input channels of a group, of which a depthwise layer has one;
+    SIMD is at least a 1024th of the products of a sum; and the streams of inputs, weights and sums are at
+    most 8191 bits wide. FINN joins neighbours of different widths by a converter, which exists for every
+    pair of such foldings: both widths divide the values of an image.
+
+    Args:
+        table: N layers, dense or depthwise.
+        pe, simd: shape (N, F), or broadcasting to it.
+
+    Source: Xilinx/finn, ``calc_wmem`` and ``defines`` of the MVAU, ``get_ap_int_max_w``, ``SetFolding``,
+    ``InsertDWC``.
+    """
+    rows = _rows(table)
+    products = rows.window * rows.in_group
+    # A depthwise unit gets as many channels per cycle as it works on.
+    lanes = np.where(table.depthwise[:, None], pe * simd, simd)
+    sums = _accumulator_bits(products, rows.weight_bits + rows.act_bits, rows.act_bits == 1)
+    widest = np.maximum.reduce(
+        np.broadcast_arrays(pe * simd * rows.weight_bits, lanes * rows.act_bits, pe * sums)
+    )
+    divides = (rows.out_channels % pe == 0) & (rows.in_group % simd == 0)
+    return np.asarray(divides & (simd * MAX_SIMD_FOLDS >= products) & (widest <= WIDEST_STREAM_BITS))
 
 
 def weight_bram18s(width: Ints, words: Ints) -> Ints:
@@ -275,15 +306,29 @@ class _Options:
 
 
 def _legal(table: LayerTable, multipliers: str) -> list[_Options]:
-    """Every folding of each layer that FINN accepts: PE and SIMD divide the output and input channels."""
+    """Every folding of each layer that FINN accepts.
+
+    Raises:
+        UnsupportedLayerError: layers without any.
+    """
     options = []
     for i in range(len(table)):
-        row = LayerTable(**{name: column[i : i + 1] for name, column in vars(table).items()})
+        row = table.take(np.array([i]))
         out, group = int(row.out_channels[0]), int(row.in_channels[0] // row.groups[0])
         pe, simd = (grid.ravel() for grid in np.meshgrid(_divisors(out), _divisors(group)))
+        allowed = buildable(row, pe[None], simd[None])[0]
+        pe, simd = pe[allowed], simd[allowed]
         costs = stage_costs(row, pe[None], simd[None], multipliers=multipliers)
         flat = StageCosts(*(values[0] for values in vars(costs).values()))
         options.append(_Options(pe, simd, flat))
+    refuse(
+        (
+            np.array([not len(option.pe) for option in options]),
+            f"FINN has no folding: SIMD must divide the inputs, be at least a {MAX_SIMD_FOLDS}th of the "
+            f"products of a sum and keep streams within {WIDEST_STREAM_BITS} bits; use channels with more "
+            "divisors",
+        )
+    )
     return options
 
 

@@ -291,7 +291,7 @@ def totals_of(priced: Sequence[Priced]) -> tuple[list[str], list[list[str]]]:
             for one in priced
         ]
         shown = [f"{value:,.4g}" if value is not None else "-" for value in alone]
-        body.append(["one image alone, upper bound (ms)", *shown])
+        body.append(["one image alone (ms)", *shown])
     body += [
         [
             f"{name} of all layers",

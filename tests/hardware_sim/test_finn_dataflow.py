@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from autocompress.core.errors import InfeasibleBudgetError
 from autocompress.hardware_sim import LayerTable, UnsupportedLayerError
 from autocompress.hardware_sim.finn_dataflow import LADDER, FinnDataflow
 from autocompress.hardware_sim.finn_folding import (
+    buildable,
     cheapest_at,
     fastest_within,
     matrix_luts,
     stage_costs,
     weight_bram18s,
 )
+from autocompress.hardware_sim.finn_latency import first_image_cycles
 from autocompress.hardware_sim.target_file import TargetError, load_target, parse_target
 from autocompress.testing import check_cost_model
 
@@ -192,12 +195,61 @@ def test_energy_components_sum_to_the_total_and_resources_to_their_layers() -> N
         assert costs.extra[name].sum() == cost[name]
 
 
-def test_the_interval_is_that_of_the_slowest_stage_and_one_image_takes_the_sum() -> None:
+def test_the_interval_is_that_of_the_slowest_stage_whatever_the_batch() -> None:
     model, graph = load_target("finn-zcu102"), cnv(Bits(4, 4))
     stages = model.layer_costs(LayerTable.of(graph.layers)).latency_ms
     assert model(graph)["latency_ms"] == stages.max()
-    assert model.single_image_ms(graph) == pytest.approx(stages.sum())
     assert load_target("finn-zcu102", batch=16)(graph)["latency_ms"] == stages.max()
+
+
+# Single images, Xilinx/BNN-PYNQ at d39c1c7, notebooks/CNV-QNN_Cifar10.ipynb; 300 MHz as for the rates.
+@pytest.mark.parametrize(
+    ("net", "bits", "measured_us", "error"),
+    [("cnvW1A1", Bits(1, 1), 527, 0.01), ("cnvW2A2", Bits(2, 2), 1622, 0.06)],
+)
+def test_one_image_takes_what_was_measured(net: str, bits: Bits, measured_us: float, error: float) -> None:
+    (cycles,) = columns(golden(net), "cycles")
+    microseconds = first_image_cycles(LayerTable.of(cnv(bits).layers), cycles.ravel()) / 300
+    assert microseconds == pytest.approx(measured_us, rel=error)
+
+
+def test_rows_of_two_convolutions_overlap_as_counted_by_hand() -> None:
+    # Rows 0 to 5 of the first end at 10, 20, ..., 60. The second writes four rows: the first needs rows 0 to
+    # 2, reads row 3 with them and starts at 40; the third reads row 5 and starts at 60; the fourth follows.
+    table = LayerTable.of([conv("a", 3, 8, 8), conv("b", 8, 8, 6)])
+    assert first_image_cycles(table, np.array([60, 16])) == 60 + 4 + 4
+    # At 20 a row the second is the slower one: 40 + 4 * 20.
+    assert first_image_cycles(table, np.array([60, 80])) == 120
+    # A 2x2 pooling between: the second reads 3 rows, there at 20, 40 and 60, and writes one.
+    pooled = LayerTable.of([conv("a", 3, 8, 8), conv("b", 8, 8, 3)])
+    assert first_image_cycles(pooled, np.array([60, 16])) == 60 + 16
+    # A 1x1 layer has no window unit: its rows follow at once.
+    pointwise = LayerTable.of([conv("a", 3, 8, 8), conv("b", 8, 8, 6, 1)])
+    assert first_image_cycles(pointwise, np.array([60, 30])) == 65
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.lists(st.integers(1, 5000), min_size=3, max_size=3))
+def test_one_image_takes_at_least_the_slowest_stage_and_at_most_all_of_them(
+    shape: tuple[list[int], list[int], int, int], cycles: list[int]
+) -> None:
+    widths, kernels, size, _ = shape
+    table = LayerTable.of(chain(widths, kernels, size, Bits(4, 4)).layers)
+    total = first_image_cycles(table, np.array(cycles))
+    assert max(cycles) <= total * (1 + 1e-12)
+    assert total <= sum(cycles) * (1 + 1e-12)
+    linear = LayerTable.of([LayerSpec(f"fc{i}", "linear", 8, 8) for i in range(3)])
+    assert first_image_cycles(linear, np.array(cycles)) == sum(cycles)
+
+
+def test_one_image_through_a_folding_uses_its_stages() -> None:
+    model, graph = load_target("finn-zcu102"), cnv(Bits(2, 2))
+    folding, table = model.folding(graph), LayerTable.of(graph.layers)
+    expected = first_image_cycles(table, folding.costs.cycles) / (model.clock_mhz * 1e3)
+    assert model.single_image_ms(graph, folding) == pytest.approx(expected)
+    stages = model.layer_costs(table)
+    expected = first_image_cycles(table, stages.extra["cycles"]) / (model.clock_mhz * 1e3)
+    assert model.single_image_ms(graph) == pytest.approx(expected)
 
 
 def test_a_target_rate_is_reached_with_every_stage() -> None:
@@ -293,10 +345,10 @@ def test_a_rate_nothing_reaches_is_an_error_that_names_the_best_one() -> None:
 @pytest.mark.parametrize(
     ("target", "bits"), itertools.product(TARGETS[1:], (Bits(1, 1), Bits(4, 4), Bits(8, 8)))
 )
-def test_the_price_is_within_40_percent_of_the_exact_folding(target: str, bits: Bits) -> None:
+def test_the_price_is_within_a_factor_of_one_and_a_half_of_the_exact_folding(target: str, bits: Bits) -> None:
     model, graph = load_target(target), cnv(bits)
     exact = model.folding(graph).interval_cycles / (model.clock_mhz * 1e3)
-    assert 1 / 1.4 <= model(graph)["latency_ms"] / exact <= 1.4
+    assert 1 / 1.51 <= model(graph)["latency_ms"] / exact <= 1.51
 
 
 def test_the_folding_file_divides_every_layer_and_reaches_the_interval() -> None:
@@ -320,6 +372,60 @@ def test_the_folding_file_divides_every_layer_and_reaches_the_interval() -> None
         for layer, simd in zip(layers, folding.simd, strict=True)
     )
     assert config["ConvolutionInputGenerator_rtl_1"]["SIMD"] == config["VVAU_hls_0"]["PE"] == folding.pe[1]
+
+
+@pytest.mark.parametrize("target", TARGETS[1:])
+@pytest.mark.parametrize("bits", [Bits(2, 2), Bits(8, 8)])
+def test_every_stage_of_a_folding_keeps_finns_rules(target: str, bits: Bits) -> None:
+    # Xilinx/finn: calc_wmem (divisors), MVAU_hls.defines (SIMD >= MW / 1024), get_ap_int_max_w (8191 bits),
+    # StreamingDataWidthConverter (whole words of both widths make up an image).
+    graph = cnv(bits)
+    big = LayerSpec("big", "linear", 64, 2880, bits=bits)
+    layers = (*graph.layers, big, LayerSpec("last", "linear", 2880, 10, bits=bits))
+    folding = load_target(target).folding(LayerGraph(layers))
+    for layer, pe, simd in zip(layers, folding.pe, folding.simd, strict=True):
+        products = layer.in_channels * layer.kernel[0] * layer.kernel[1]
+        assert layer.out_channels % pe == 0
+        assert layer.in_channels % simd == 0
+        assert simd >= products / 1024
+        assert pe * simd * layer.bits.weight <= 8191
+        assert max(simd * layer.bits.act, pe * 32) <= 8191 or pe * 32 > 8191 >= pe * 24
+    for before, after, pe, simd in zip(layers, layers[1:], folding.pe, folding.simd[1:], strict=False):
+        values = before.out_channels * before.out_hw[0] * before.out_hw[1]
+        assert values % math.lcm(pe, simd) == 0
+        assert after.in_channels % before.out_channels == 0
+
+
+def test_foldings_finn_cannot_build_are_told_apart() -> None:
+    wide = LayerSpec("wide", "linear", 4096, 512, bits=Bits(8, 8))
+    one = np.ones(1, dtype=np.int64)
+    table = LayerTable.of([wide])
+
+    def allowed(pe: int, simd: int) -> bool:
+        return bool(buildable(table, pe * one[None], simd * one[None])[0, 0])
+
+    assert allowed(1, 4)
+    assert not allowed(1, 2)  # 2,048 folds of the inputs
+    assert allowed(8, 64)
+    assert not allowed(16, 64)  # 8,192 bits of weights a cycle
+    assert not allowed(3, 64)  # 512 outputs in threes
+    assert not allowed(1, 12)
+
+
+def test_a_layer_without_any_folding_is_named() -> None:
+    prime = LayerSpec("prime", "linear", 25013, 10, bits=Bits(8, 8))
+    with pytest.raises(UnsupportedLayerError, match="layers prime: FINN has no folding"):
+        load_target("finn-u250").folding(LayerGraph((prime,)))
+
+
+def test_strided_pointwise_layers_become_downsamplers_of_square_maps() -> None:
+    model = load_target("finn-zcu102")
+    point = LayerSpec("p", "conv", 8, 16, (1, 1), (2, 2), in_hw=(8, 8), out_hw=(4, 4), bits=Bits(4, 4))
+    config = model.folding_config(LayerGraph((point,)))
+    assert config["DownSampler_hls_0"] == {"SIMD": config["MVAU_hls_0"]["SIMD"]}
+    skewed = replace(point, in_hw=(8, 6), out_hw=(4, 3))
+    with pytest.raises(UnsupportedLayerError, match="layers p: 1x1 convolutions with strides"):
+        model(LayerGraph((skewed,)))
 
 
 def test_every_layer_finn_cannot_build_is_named_at_once() -> None:
