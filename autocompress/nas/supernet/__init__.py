@@ -1,0 +1,10 @@
+"""Searches by gradient: one network that holds all members of a space, and a distribution over them."""
+
+from autocompress.nas.supernet.darts import DARTS
+from autocompress.nas.supernet.expected_cost import CostTerm
+from autocompress.nas.supernet.gdas import GDAS
+from autocompress.nas.supernet.network import Supernet
+from autocompress.nas.supernet.proxyless import ProxylessNAS
+from autocompress.nas.supernet.step import Adam, Method, Step
+
+__all__ = ["DARTS", "GDAS", "Adam", "CostTerm", "Method", "ProxylessNAS", "Step", "Supernet"]
