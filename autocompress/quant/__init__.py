@@ -6,6 +6,13 @@ Importing this package loads no Brevitas; :func:`quantize` does.
 from autocompress.quant.brevitas_network import quantize
 from autocompress.quant.calibration import Calibration, QuantSettings
 from autocompress.quant.grids import Grid
+from autocompress.quant.kmeans import (
+    Codebook,
+    CodebookTables,
+    make_codebook,
+    share_weights,
+    trained_codebooks,
+)
 from autocompress.quant.knobs import BIT_CHOICES, bit_knobs, reference_bits
 from autocompress.quant.ranges import RANGE_METHODS, RangeMethod, clip_thresholds
 from autocompress.quant.skeleton import INNER_BITS, Skeleton
@@ -16,6 +23,8 @@ __all__ = [
     "INNER_BITS",
     "RANGE_METHODS",
     "Calibration",
+    "Codebook",
+    "CodebookTables",
     "Grid",
     "QuantSettings",
     "QuantTables",
@@ -23,6 +32,9 @@ __all__ = [
     "Skeleton",
     "bit_knobs",
     "clip_thresholds",
+    "make_codebook",
     "quantize",
     "reference_bits",
+    "share_weights",
+    "trained_codebooks",
 ]
