@@ -5,6 +5,21 @@ from autocompress.nas.supernet.expected_cost import CostTerm
 from autocompress.nas.supernet.gdas import GDAS
 from autocompress.nas.supernet.network import Supernet
 from autocompress.nas.supernet.proxyless import ProxylessNAS
+from autocompress.nas.supernet.reports import SearchEpoch, SearchSettings
+from autocompress.nas.supernet.search import SupernetResult, SupernetSearch
 from autocompress.nas.supernet.step import Adam, Method, Step
 
-__all__ = ["DARTS", "GDAS", "Adam", "CostTerm", "Method", "ProxylessNAS", "Step", "Supernet"]
+__all__ = [
+    "DARTS",
+    "GDAS",
+    "Adam",
+    "CostTerm",
+    "Method",
+    "ProxylessNAS",
+    "SearchEpoch",
+    "SearchSettings",
+    "Step",
+    "Supernet",
+    "SupernetResult",
+    "SupernetSearch",
+]
