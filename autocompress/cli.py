@@ -20,7 +20,7 @@ from rich.table import Table
 from autocompress.core.errors import AutocompressError
 
 if TYPE_CHECKING:
-    from autocompress.core import Problem, Result
+    from autocompress.core import Metric, Problem, Result
     from autocompress.pipeline import Candidate, Event, Prepared
 
 app = typer.Typer(
@@ -28,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Decides, layer by layer, how many channels a network keeps, for a budget.",
+    help="Decides, layer by layer, how many channels and bits a network keeps, for a budget.",
 )
 PIPE_WIDTH = 160
 """Columns where output goes to a file or pipe, which have no width of their own."""
@@ -76,7 +76,7 @@ def run(
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder of the run [runs/NAME].")] = None,
 ) -> None:
-    """Run a recipe: train, prune, fine-tune, export, report."""
+    """Run a recipe: train, prune, fine-tune, quantise, export, report."""
     from autocompress import pipeline
 
     with _progress() as on_event:
@@ -97,14 +97,14 @@ def run(
     "[bold]autocompress check my.yaml --set 'budgets={macs: 0.3}'[/]"
 )
 def check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
-    """Say what can be pruned, what is locked and why, what is reachable, and how long a run takes."""
+    """Say what can be decided, what is locked and why, what is reachable, and how long a run takes."""
     from autocompress import pipeline
 
     loaded = pipeline.Recipe.load(recipe, overrides or ())
     with pipeline.recipe_threads(loaded):
         prepared = pipeline.prepare(loaded)
         for candidate in prepared.candidates:
-            _show_candidate(prepared, candidate, pipeline.problem_of(candidate, loaded))
+            _show_candidate(prepared, candidate)
 
 
 @app.command(epilog="Example: [bold]autocompress report runs/digits[/]")
@@ -302,40 +302,67 @@ def _show_rows(title: str, headings: list[str], rows: list[list[str]]) -> None:
     out.print(table)
 
 
-def _show_candidate(prepared: Prepared, candidate: Candidate, problem: Problem) -> None:
-    from autocompress.pipeline import estimate
-    from autocompress.pipeline.comparison import number
+def _show_candidate(prepared: Prepared, candidate: Candidate) -> None:
+    from autocompress.pipeline import estimate, problems_of
 
-    graph = candidate.traced.graph
+    for stage, problem in problems_of(candidate, prepared.recipe).items():
+        (_show_channels if stage == "prune" else _show_bits)(candidate, problem)
+        _show_reach(candidate, stage, problem)
+    for note in candidate.traced.graph.uncounted:
+        out.print(f"[yellow]not counted:[/] {escape(note)}")
+    times = estimate(prepared, candidate)
+    for name, seconds in times.evaluations.items():
+        out.print(f"stage {name}: one evaluation took {seconds:.2f} s")
+    parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in times.stages.items())
+    out.print(f"estimated: {parts}; in all {times.total / 60:.1f} min")
+
+
+def _show_channels(candidate: Candidate, problem: Problem) -> None:
     knobs = {knob.name: knob for knob in problem.knobs}
     table = Table(title=f"{candidate.name}: channel groups")
     for heading in ("group", "channels", "choices", "layers that read it", "locked because"):
         table.add_column(heading, overflow="fold")
-    for group in graph.groups:
+    for group in candidate.traced.graph.groups:
         knob = knobs.get(group.name)
         choices = f"{knob.choices[0]}..{knob.choices[-1]} ({len(knob.choices)})" if knob else "-"
         reason = group.locked or ("" if knob else "kept by the recipe, or too small")
         readers = ", ".join(group.consumers[:3]) + (" ..." if len(group.consumers) > 3 else "")
         table.add_row(escape(group.name), str(group.size), choices, escape(readers), escape(reason))
     out.print(table)
-    for note in graph.uncounted:
-        out.print(f"[yellow]not counted:[/] {escape(note)}")
+
+
+def _show_bits(candidate: Candidate, problem: Problem) -> None:
+    choices = {(str(knob.kind), layer): knob.choices for knob in problem.knobs for layer in knob.bit_layers}
+    table = Table(title=f"{candidate.name}: bits")
+    for heading in ("layer", "weights", "activations it reads"):
+        table.add_column(heading, overflow="fold")
+    for layer, bits in problem.base.bits.items():
+        sides = (("weight_bits", bits.weight), ("act_bits", bits.act))
+        texts = [
+            ", ".join(map(str, found)) if (found := choices.get((kind, layer))) else f"{fixed} (kept)"
+            for kind, fixed in sides
+        ]
+        table.add_row(escape(layer), *texts)
+    out.print(table)
+
+
+def _show_reach(candidate: Candidate, stage: str, problem: Problem) -> None:
+    """What can be reached of what can be counted and of the budgets' metrics."""
+    from autocompress.pipeline.comparison import number
+
     smallest, largest = problem.reachable()
     target = candidate.costs.target
-    for metric in dict.fromkeys(("macs", "params", *(budget.metric for budget in problem.budgets))):
+    counts: tuple[Metric, ...] = ("macs", "params") if stage == "prune" else ("bitops", "weight_bytes")
+    for metric in dict.fromkeys([*counts, *(budget.metric for budget in problem.budgets)]):
         share = smallest[metric] / largest[metric]
         where = f" on {target.name}" if target and metric in target.metrics else ""
         low, high = number(smallest[metric]), number(largest[metric])
-        out.print(f"{metric}{where}: from {low} ({share:.1%}) to {high}", highlight=False, soft_wrap=True)
+        text = f"stage {stage}: {metric}{where}: from {low} ({share:.1%}) to {high}"
+        out.print(text, highlight=False, soft_wrap=True)
     for budget in problem.budgets:
         share = budget.limit / candidate.costs.reference.totals.get(budget.metric, math.nan)
         of = f" ({share:.1%} of the original)" if math.isfinite(share) else ""
-        out.print(f"budget {budget}{of} can be met", highlight=False)
-    times = estimate(prepared, candidate)
-    parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in times.stages.items())
-    out.print(
-        f"one evaluation took {times.evaluation:.2f} s; estimated: {parts}; in all {times.total / 60:.1f} min"
-    )
+        out.print(f"stage {stage}: budget {budget}{of} can be met", highlight=False)
 
 
 def _fault(message: str) -> int:

@@ -84,8 +84,10 @@ class Result:
         predicted: ``before`` and ``after`` -> what the recipe's cost models say, by metric; ``before`` is
             the network that relative budgets refer to.
         expected: accuracies the recipe is known to reach, and the ``tolerance`` of that.
-        search: name, number of plans, best quick score and the baselines' scores.
+        search: stage -> name of its search, number of plans, best quick score, the baselines' scores, and
+            the stage's budgets.
         export: largest absolute difference and top-1 agreement between ONNX Runtime and PyTorch.
+        files: name -> ``about`` in words, ``bytes``, and what else is known of a file for other tools.
         provenance: versions, seed, recipe digest, git revision, threads, machine.
         seconds: wall time per stage of the last start of the run.
         run_dir: the folder of the run; not part of the JSON, since folders move.
@@ -100,6 +102,7 @@ class Result:
     expected: dict[str, float] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
     export: dict[str, float] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     run_dir: Path | None = field(default=None, compare=False)

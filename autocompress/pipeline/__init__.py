@@ -1,7 +1,8 @@
 """Recipes, runs and reports."""
 
 from autocompress.pipeline.estimate import Estimate, estimate
-from autocompress.pipeline.prepare import Candidate, Prepared, prepare, problem_of
+from autocompress.pipeline.prepare import Prepared, prepare
+from autocompress.pipeline.problems import Candidate, problems_of
 from autocompress.pipeline.progress import Event, OnEvent
 from autocompress.pipeline.recipe import Recipe, bundled_recipes, find_recipe
 from autocompress.pipeline.report import write_report
@@ -20,7 +21,7 @@ __all__ = [
     "find_recipe",
     "load_compressed",
     "prepare",
-    "problem_of",
+    "problems_of",
     "recipe_threads",
     "resume",
     "run_recipe",

@@ -18,6 +18,12 @@ _MEASURED = {
     "file_bytes": "ONNX file (bytes)",
     "latency_ms": "Latency (ONNX Runtime, ms)",
 }
+_ACCURACIES = {
+    "accuracy": "Test accuracy",
+    "accuracy_before_finetune": "Test accuracy pruned, before fine-tuning",
+    "accuracy_before_quantise": "Test accuracy before quantisation",
+    "accuracy_before_qat": "Test accuracy quantised, before training with rounding",
+}
 _UNITS = {
     "bitops": "Bit operations",
     "weight_bytes": "Weights, packed (bytes)",
@@ -54,8 +60,7 @@ def comparison(result: Result) -> list[Row]:
 
 def _measured(result: Result) -> Iterator[Row]:
     before, after = result.before, result.after
-    tuned = "accuracy_before_finetune"
-    for key, name in (("accuracy", "Test accuracy"), (tuned, "Test accuracy before fine-tuning")):
+    for key, name in _ACCURACIES.items():
         if key in after and "accuracy" in before:
             change = points(after[key] - before["accuracy"])
             yield name, percent(before["accuracy"], 4), percent(after[key], 4), change
@@ -65,11 +70,12 @@ def _measured(result: Result) -> Iterator[Row]:
 
 
 def _predicted(result: Result) -> Iterator[Row]:
-    """The target's figures, and the counts that a budget is on or that bits change."""
+    """The target's figures that changed, and whatever a budget is on."""
     before, after = (result.predicted.get(when, {}) for when in ("before", "after"))
     for key, unit in _UNITS.items():
         counted = key in MacsModel.metrics
-        if key not in after or (counted and key not in result.budgets):
+        dull = counted or after.get(key) == before.get(key)
+        if key not in after or (dull and key not in result.budgets):
             continue
         name = unit if counted else f"{unit}, predicted for {target_name(result)}"
         if before.get(key):
@@ -101,6 +107,19 @@ def shortfalls(result: Result) -> list[str]:
         for key, when in _EXPECTED.items()
         if key in result.expected and reached[key]["accuracy"] < result.expected[key] - tolerance
     ]
+
+
+def recovered(result: Result) -> str | None:
+    """What quantisation cost and what training with rounding gave back; None without such training."""
+    after = result.after
+    start = after.get("accuracy_before_quantise", result.before.get("accuracy"))
+    rounded = after.get("accuracy_before_qat")
+    if start is None or rounded is None:
+        return None
+    return (
+        f"Rounding changed the test accuracy by {points(rounded - start)}; training with rounding then "
+        f"by {points(after['accuracy'] - rounded)}"
+    )
 
 
 def prediction_check(result: Result) -> str | None:

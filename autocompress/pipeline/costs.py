@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
@@ -25,7 +26,7 @@ class Costs:
         graph: the uncompressed network.
         target: the machine; None to count only.
         bits: of the layers whose bits no plan decides; None for floating point.
-        reference_bits: of the network that relative budgets refer to; None for ``bits``.
+        reference_bits: of the network that relative budgets refer to; None for floating point.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Costs:
     ) -> None:
         self.target = target
         self.graph = _at(graph, bits)
-        self._reference = _at(graph, reference_bits) if reference_bits else self.graph
+        self._reference = _at(graph, reference_bits)
 
     @classmethod
     def of(cls, recipe: Recipe, graph: LayerGraph) -> Costs:
@@ -47,13 +48,12 @@ class Costs:
         Raises:
             TargetError: the target's file is gone or wrong.
         """
-        reference = recipe.reference_bits
-        return cls(
-            graph,
-            load_target(recipe.target) if recipe.target else None,
-            bits=recipe.bits.bits if recipe.bits else None,
-            reference_bits=Bits(reference, reference) if reference else None,
-        )
+        bits = given = recipe.bits.bits if recipe.bits else None
+        if bits is None and "quantise" in recipe.stages:
+            bits = recipe.quantise.reference
+        reference = Bits(*[recipe.reference_bits] * 2) if recipe.reference_bits else given
+        target = load_target(recipe.target) if recipe.target else None
+        return cls(graph, target, bits=bits, reference_bits=reference)
 
     def __call__(self, plan: Plan) -> Cost:
         """The cost of a plan, with the share of each layer.
@@ -158,6 +158,25 @@ class _Later(Mapping[str, Mapping[Metric, float]]):
 
     def __len__(self) -> int:
         return len(self._known)
+
+
+def share_for_pruning(limit: float, *, start: float, fewest_channels: float, fewest_bits: float) -> float:
+    """The limit of stage prune when stage quantise follows: each goes equally far into its own range.
+
+    In logarithms, as pruning and fewer bits multiply: a stage that can cut the cost to a tenth takes a larger
+    part than one that can only halve it.
+
+    Args:
+        limit: what the network may cost in the end.
+        start: its cost before pruning, at the reference bits.
+        fewest_channels: its cost with the fewest channels, at the reference bits.
+        fewest_bits: its cost before pruning, at the fewest bits; where that is no less, all is for pruning.
+    """
+    channels, bits = math.log(fewest_channels / start), math.log(fewest_bits / start)
+    if bits >= 0:
+        return limit
+    part = math.log(limit / start) / (channels + bits)
+    return start * math.exp(channels * min(max(part, 0.0), 1.0))
 
 
 def content_digest(target: HardwareModel) -> str:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from autocompress.pipeline.prepare import Candidate, Prepared, problem_of
+from autocompress.core import Plan
+from autocompress.pipeline.bit_score import BitScore
+from autocompress.pipeline.prepare import Prepared
+from autocompress.pipeline.problems import Candidate, problems_of, searches_of
 from autocompress.pipeline.quick_score import QuickScore
-from autocompress.pipeline.recipe import FinetuneStage, TrainStage
+from autocompress.pipeline.recipe import Recipe, Stage, TrainStage
 from autocompress.training import Data, Samples, TrainSettings, fit
 
 STEPS = 4
 """Training steps that are timed."""
+
+
+QAT_FACTOR = 1.3
+"""How much longer training takes with rounding: ResNet-20 ran at 237 against 281 images/s on one thread."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +33,11 @@ class Estimate:
 
     Args:
         stages: stage -> seconds.
-        evaluation: seconds of one measured evaluation.
+        evaluations: stage that searches -> seconds of one measured evaluation.
     """
 
     stages: dict[str, float]
-    evaluation: float
+    evaluations: dict[str, float]
 
     @property
     def total(self) -> float:
@@ -38,39 +46,54 @@ class Estimate:
 
 
 def estimate(prepared: Prepared, candidate: Candidate) -> Estimate:
-    """Time one evaluation and a few training steps, and scale them up.
+    """Time one evaluation per search and a few training steps, and scale them up.
+
+    What follows pruning is timed on the network before pruning, so it is rather too long.
 
     Args:
         prepared: a checked recipe.
         candidate: the network to time.
     """
-    recipe = prepared.recipe
-    evaluation = _evaluation_seconds(prepared, candidate)
-    searches = [name for name in (recipe.search.algorithm, *recipe.search.baselines) if name != "uniform"]
-    stages = {}
-    if "train" in recipe.stages and recipe.weights is None:
-        stages["train"] = _training_seconds(prepared, candidate.model, recipe.train) * len(
-            prepared.candidates
-        )
-    stages["prune"] = evaluation * recipe.search.num_plans * len(searches)
-    if "finetune" in recipe.stages:
-        stages["finetune"] = _training_seconds(prepared, candidate.model, recipe.finetune)
-    return Estimate(stages, evaluation)
+    recipe, evaluations = prepared.recipe, _evaluation_seconds(prepared, candidate)
+    stages: dict[str, float] = {}
+    for stage in recipe.stages:
+        if stage == "train" and recipe.weights is None:
+            once = _training_seconds(prepared, candidate.model, recipe.train)
+            stages[stage] = once * len(prepared.candidates)
+        elif stage in evaluations:
+            stages[stage] = evaluations[stage] * _num_evaluations(recipe, stage)
+        elif stage == "finetune":
+            stages[stage] = _training_seconds(prepared, candidate.model, recipe.finetune)
+        elif stage == "qat":
+            stages[stage] = QAT_FACTOR * _training_seconds(prepared, candidate.model, recipe.qat)
+    return Estimate(stages, evaluations)
 
 
-def _evaluation_seconds(prepared: Prepared, candidate: Candidate) -> float:
-    """One evaluation of a plan about half-way through every knob, within the budgets."""
-    problem = problem_of(candidate, prepared.recipe)
-    score = QuickScore(
-        candidate.model, candidate.traced, prepared.data, settings=prepared.recipe.prune, seed=0
-    )
-    plan = problem.plan(problem.bounded([knob.at(0.5) for knob in problem.knobs]))
-    start = time.perf_counter()
-    score(plan)
-    return time.perf_counter() - start
+def _num_evaluations(recipe: Recipe, stage: Stage) -> int:
+    settings = searches_of(recipe)[stage]
+    names = [name for name in (settings.algorithm, *settings.baselines) if name != "uniform"]
+    uniform = len(recipe.quantise.weight_bits) if stage == "quantise" else 0
+    return settings.num_plans * len(names) + uniform
 
 
-def _training_seconds(prepared: Prepared, model: nn.Module, settings: TrainStage | FinetuneStage) -> float:
+def _evaluation_seconds(prepared: Prepared, candidate: Candidate) -> dict[str, float]:
+    """One evaluation of a plan about half-way through every knob, within the budgets, per searching stage."""
+    recipe, data = prepared.recipe, prepared.data
+    seconds: dict[str, float] = {}
+    scores: dict[str, Callable[[], Callable[[Plan], float]]] = {
+        "prune": lambda: QuickScore(candidate.model, candidate.traced, data, settings=recipe.prune, seed=0),
+        "quantise": lambda: BitScore(candidate.model, data, settings=recipe.quantise, seed=0),
+    }
+    for stage, problem in problems_of(candidate, recipe).items():
+        score = scores[stage]()
+        plan = problem.plan(problem.bounded([knob.at(0.5) for knob in problem.knobs]))
+        start = time.perf_counter()
+        score(plan)
+        seconds[stage] = time.perf_counter() - start
+    return seconds
+
+
+def _training_seconds(prepared: Prepared, model: nn.Module, settings: TrainStage) -> float:
     data = prepared.data
     images = min(STEPS * settings.batch_size, len(data.train))
     short = replace(TrainSettings(**settings.model_dump()), epochs=1, warmup_epochs=0)

@@ -262,17 +262,19 @@ def kept_bars(rows: Sequence[Row], *, label: str) -> Markup:
     return _bars(rows, axis, draw)
 
 
-def paired_bars(rows: Sequence[Row], *, label: str) -> Markup:
+def paired_bars(rows: Sequence[Row], *, label: str, colours: tuple[str, str] = ("before", "c0")) -> Markup:
     """Two bars per row, ``before`` above ``after``, on a linear scale from 0.
 
     Args:
         rows: top to bottom, at least one.
         label: of the horizontal axis, with the unit.
+        colours: classes of the upper and the lower bar.
     """
     axis = Axis.over(label, [0.0, *(max(r.before, r.after) for r in rows)])
 
     def draw(row: Row, top: float) -> Markup:
-        return _bar(axis, top + 2, 7, row.before, "before") + _bar(axis, top + 9, 7, row.after, "c0")
+        upper = _bar(axis, top + 2, 7, row.before, colours[0])
+        return upper + _bar(axis, top + 9, 7, row.after, colours[1])
 
     return _bars(rows, axis, draw)
 

@@ -10,30 +10,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from autocompress.agents import least_plans, make_search
-from autocompress.core import Problem, Search
 from autocompress.core.errors import DataError, DivergenceError, RecipeError
 from autocompress.export import check_opset
 from autocompress.pipeline.costs import Costs, content_digest
-from autocompress.pipeline.quick_score import QuickScore, channel_problem
+from autocompress.pipeline.problems import (
+    Candidate,
+    check_num_plans,
+    made_searches,
+    problems_of,
+    searches_of,
+)
 from autocompress.pipeline.recipe import Recipe
-from autocompress.trace import Trace, trace
+from autocompress.quant import Skeleton
+from autocompress.trace import trace
 from autocompress.training import Data, load_data, weights_digest
 from autocompress.training.batches import spread
 from autocompress.zoo import build, load_weights
 
 SAMPLED = 32
 """Images per split that tell one data set from another."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A network that may be compressed, what tracing found, and what its plans cost."""
-
-    name: str
-    model: nn.Module
-    traced: Trace
-    costs: Costs
 
 
 @dataclass(frozen=True)
@@ -82,9 +77,9 @@ def prepare_own(models: Mapping[str, nn.Module], data: Data, recipe: Recipe) -> 
         AutocompressError: any of its kinds; nothing has been written.
     """
     _check_machine(recipe)
-    searches = [make_search(recipe.search.algorithm, recipe.search.settings)]
-    searches += [make_search(name, {}) for name in recipe.search.baselines]
-    if "export" in recipe.stages:
+    for settings in searches_of(recipe).values():
+        made_searches(settings)
+    if "export" in recipe.stages and recipe.export.opset is not None:
         check_opset(recipe.export.opset)
     candidates = []
     for name, model in models.items():
@@ -93,9 +88,9 @@ def prepare_own(models: Mapping[str, nn.Module], data: Data, recipe: Recipe) -> 
         traced = trace(model, data.input_shape)
         costs = Costs.of(recipe, traced.graph)
         candidate = Candidate(name, model.to(recipe.device), traced, costs)
-        problem = problem_of(candidate, recipe)
-        problem.reachable()
-        _check_num_plans(recipe, searches, len(problem.knobs))
+        if "quantise" in recipe.stages and recipe.quantise.method == "linear":
+            Skeleton(model)  # refuses what cannot be quantised before any work
+        check_num_plans(recipe, problems_of(candidate, recipe))
         candidates.append(candidate)
     return Prepared(recipe, data, tuple(candidates))
 
@@ -112,30 +107,6 @@ def inputs_of(prepared: Prepared) -> dict[str, str]:
     target = prepared.candidates[0].costs.target
     machine = {"target": content_digest(target)} if target else {}
     return {"data": digest.hexdigest()[:16]} | machine | models
-
-
-def problem_of(candidate: Candidate, recipe: Recipe, score: QuickScore | None = None) -> Problem:
-    """The candidate's problem; without a score it is enough to know what is reachable."""
-    return channel_problem(
-        candidate.model,
-        candidate.traced,
-        score,
-        settings=recipe.prune,
-        costs=candidate.costs,
-        budgets=[settings.budget for settings in recipe.budgets],
-    )
-
-
-def _check_num_plans(recipe: Recipe, searches: list[Search], num_knobs: int) -> None:
-    names = (recipe.search.algorithm, *recipe.search.baselines)
-    faults = [
-        f"search.num_plans: {name} needs at least {least_plans(search, num_knobs)} for {num_knobs} knobs, "
-        f"got {recipe.search.num_plans}"
-        for name, search in zip(names, searches, strict=True)
-        if recipe.search.num_plans < least_plans(search, num_knobs)
-    ]
-    if faults:
-        raise RecipeError(faults)
 
 
 def _check_machine(recipe: Recipe) -> None:

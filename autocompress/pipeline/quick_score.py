@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from autocompress.core import Budget, Plan, Problem
+from autocompress.core import Plan, Problem
 from autocompress.core.errors import RecipeError
 from autocompress.pipeline.costs import Costs
 from autocompress.pipeline.recipe import PruneSettings
@@ -84,7 +84,6 @@ def channel_problem(
     *,
     settings: PruneSettings,
     costs: Costs,
-    budgets: Sequence[Budget],
 ) -> Problem:
     """The search problem of pruning a network.
 
@@ -94,7 +93,9 @@ def channel_problem(
         score: how plans are scored; None makes a problem that can be priced but not evaluated.
         settings: the recipe's ``prune`` section.
         costs: what plans cost.
-        budgets: relative or absolute limits.
+
+    Returns:
+        A problem that has no budgets yet.
 
     Raises:
         RecipeError: a ``keep`` pattern matches nothing, nothing is left to prune, or the target cannot run
@@ -116,7 +117,7 @@ def channel_problem(
 
     return Problem(
         knobs=knobs,
-        budgets=costs.resolve(budgets),
+        budgets=(),
         price=costs.tabulated(knobs),
         evaluate=evaluate_plan,
         identity=f"{weights_digest(model)} {score.data_digest if score else ''} {settings.model_dump_json()} "

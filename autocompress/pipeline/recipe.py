@@ -16,9 +16,11 @@ from autocompress.core.errors import RecipeError
 from autocompress.core.wording import did_you_mean
 from autocompress.pipeline.recipe_check import checked
 from autocompress.pipeline.recipe_sections import (
+    PRUNING,
     STAGES,
     Algorithm,
     BitSettings,
+    Budgets,
     BudgetSettings,
     Count,
     DataSettings,
@@ -27,6 +29,8 @@ from autocompress.pipeline.recipe_sections import (
     FinetuneStage,
     Names,
     PruneSettings,
+    QatStage,
+    QuantiseSettings,
     SearchSettings,
     Section,
     Stage,
@@ -42,6 +46,8 @@ __all__ = [
     "ExportSettings",
     "FinetuneStage",
     "PruneSettings",
+    "QatStage",
+    "QuantiseSettings",
     "Recipe",
     "SearchSettings",
     "Stage",
@@ -69,12 +75,15 @@ class Recipe(Section):
         threads: PyTorch threads; they change the last bits of training. null leaves them alone.
         target: the machine that limits on latency, energy and resources are about: a bundled target's name,
             or a target file beside the recipe or at a path from the working directory.
-        bits: what layers are computed with where no stage decides that; null for floating point, which
-            targets that multiply integers refuse.
-        reference_bits: of the original network that relative budgets refer to; null for those of ``bits``.
+        bits: what layers are computed with where no stage decides that. null for the reference bits of stage
+            quantise where there is one, else for floating point, which targets that multiply integers refuse.
+        reference_bits: of the original network that relative budgets refer to; null for those of ``bits``,
+            or 32 where there are none.
         budgets: limits that must all hold.
-        stages: what is done, in the order train, prune, finetune, export.
-        train, prune, search, finetune, export: settings of the stages.
+        stages: what is done, in the order train, prune, finetune, quantise, qat, export; at least one of
+            prune and quantise.
+        train, prune, search, finetune, quantise, qat, export: settings of the stages; ``search`` is who looks
+            for channels, and for bits where ``quantise.search`` says nothing else.
         expected: accuracies the recipe is known to reach.
     """
 
@@ -88,12 +97,14 @@ class Recipe(Section):
     target: Annotated[str, Field(min_length=1)] | None = None
     bits: BitSettings | None = None
     reference_bits: Literal[8, 32] | None = None
-    budgets: Annotated[tuple[BudgetSettings, ...], Strict(False)]
-    stages: Annotated[tuple[Stage, ...], Strict(False)] = STAGES
+    budgets: Budgets
+    stages: Annotated[tuple[Stage, ...], Strict(False)] = PRUNING
     train: TrainStage = TrainStage()
     prune: PruneSettings = PruneSettings()
     search: SearchSettings = SearchSettings()
     finetune: FinetuneStage = FinetuneStage()
+    quantise: QuantiseSettings = QuantiseSettings()
+    qat: QatStage = QatStage()
     export: ExportSettings = ExportSettings()
     expected: ExpectedSettings = ExpectedSettings()
 
@@ -113,12 +124,9 @@ class Recipe(Section):
 
     @field_validator("budgets")
     @classmethod
-    def _one_per_metric(cls, value: tuple[BudgetSettings, ...]) -> tuple[BudgetSettings, ...]:
+    def _not_empty(cls, value: tuple[BudgetSettings, ...]) -> tuple[BudgetSettings, ...]:
         if not value:
             raise ValueError("must hold at least one budget, e.g. {macs: 0.5}")
-        metrics = [budget.metric for budget in value]
-        if len(set(metrics)) < len(metrics):
-            raise ValueError(f"one budget per metric, got {', '.join(metrics)} (flops counts as macs)")
         return value
 
     @field_validator("stages")
@@ -126,8 +134,11 @@ class Recipe(Section):
     def _in_order(cls, value: tuple[Stage, ...]) -> tuple[Stage, ...]:
         if value != tuple(stage for stage in STAGES if stage in value):
             raise ValueError(f"come once each, in the order {', '.join(STAGES)}, got {', '.join(value)}")
-        if "prune" not in value:
-            raise ValueError(f"must hold prune, got {', '.join(value) or 'none'}")
+        if not {"prune", "quantise"} & set(value):
+            raise ValueError(f"must hold prune, quantise or both, got {', '.join(value) or 'none'}")
+        for stage, needed in (("finetune", "prune"), ("qat", "quantise")):
+            if stage in value and needed not in value:
+                raise ValueError(f"{stage} trains what {needed} makes; add {needed} or leave {stage} out")
         return value
 
     @field_validator("train")
@@ -135,6 +146,13 @@ class Recipe(Section):
     def _no_teacher_yet(cls, value: TrainStage) -> TrainStage:
         if value.distill_weight:
             raise ValueError("distill_weight needs a teacher and the original network has none; set it to 0")
+        return value
+
+    @field_validator("prune")
+    @classmethod
+    def _own_budgets_need_quantise(cls, value: PruneSettings, info: ValidationInfo) -> PruneSettings:
+        if value.budgets and "quantise" not in info.data.get("stages", ("quantise",)):
+            raise ValueError("budgets of its own are for recipes with stage quantise; move them to budgets")
         return value
 
     @classmethod

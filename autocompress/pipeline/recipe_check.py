@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -18,6 +18,7 @@ from autocompress.hardware_sim import MacsModel, load_target
 from autocompress.hardware_sim.target_file import TargetError
 from autocompress.pipeline.recipe_sections import SECTIONS
 from autocompress.pipeline.yaml_marks import Document, Fault, Place
+from autocompress.pipeline.yaml_marks import Path as YamlPath
 
 logger = logging.getLogger(__name__)
 
@@ -67,21 +68,29 @@ def _expand_names(document: Document) -> None:
         places["model", 0] = places["model",]
 
 
+def _budget_lists(document: Document) -> Iterator[tuple[YamlPath, dict[str, Any]]]:
+    """Where the recipe and stage prune keep budgets: the path of each list, and the mapping it is in."""
+    yield ("budgets",), document.data
+    if isinstance(document.data.get("prune"), dict):
+        yield ("prune", "budgets"), document.data["prune"]
+
+
 def _expand_budgets(document: Document) -> None:
     """Turn ``budgets: {macs: 0.4}`` into the list form, and FLOPs into MACs."""
-    data, places = document.data, document.places
-    short = data.get("budgets")
-    if isinstance(short, dict):
-        data["budgets"] = []
-        for index, (metric, limit) in enumerate(short.items()):
-            share = not _is_number(limit) or limit <= 1
-            data["budgets"].append({"metric": metric, "relative": share, "limit": limit})
-            place = places["budgets", metric]
-            places["budgets", index] = places["budgets", index, "limit"] = place
-            places["budgets", index, "metric"] = Place(place.name, place.key, place.key)
-    for budget in data["budgets"] if isinstance(data.get("budgets"), list) else []:
-        if isinstance(budget, dict) and budget.get("metric") == "flops":
-            budget.update(_in_macs(budget))
+    places = document.places
+    for path, data in _budget_lists(document):
+        short = data.get("budgets")
+        if isinstance(short, dict):
+            data["budgets"] = []
+            for index, (metric, limit) in enumerate(short.items()):
+                share = not _is_number(limit) or limit <= 1
+                data["budgets"].append({"metric": metric, "relative": share, "limit": limit})
+                place = places[*path, metric]
+                places[*path, index] = places[*path, index, "limit"] = place
+                places[*path, index, "metric"] = Place(place.name, place.key, place.key)
+        for budget in data["budgets"] if isinstance(data.get("budgets"), list) else []:
+            if isinstance(budget, dict) and budget.get("metric") == "flops":
+                budget.update(_in_macs(budget))
 
 
 def _in_macs(budget: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,14 +118,15 @@ def _check_target(document: Document, folder: Path) -> None:
             place = places["target",]
             document.faults += [Fault(place.value, f"{place.name}: {fault}") for fault in wrong.faults]
             given = METRICS
-    budgets = data.get("budgets")
-    for index, budget in enumerate(budgets if isinstance(budgets, list) else []):
-        metric = budget.get("metric") if isinstance(budget, dict) else None
-        if metric in METRICS and metric not in given:
-            who = f"{target.name} gives {', '.join(target.metrics)}" if target else "set target to a machine"
-            place = places[document.nearest(("budgets", index, "metric"))]
-            text = f"{place.name}: nothing gives {metric}; {who}; {', '.join(MacsModel.metrics)} are counted"
-            document.faults.append(Fault(place.value, text))
+    who = f"{target.name} gives {', '.join(target.metrics)}" if target else "set target to a machine"
+    for path, holder in _budget_lists(document):
+        budgets = holder.get("budgets")
+        for index, budget in enumerate(budgets if isinstance(budgets, list) else []):
+            metric = budget.get("metric") if isinstance(budget, dict) else None
+            if metric in METRICS and metric not in given:
+                place = places[document.nearest((*path, index, "metric"))]
+                text = f"nothing gives {metric}; {who}; {', '.join(MacsModel.metrics)} are counted"
+                document.faults.append(Fault(place.value, f"{place.name}: {text}"))
 
 
 def find_target(name: str, folder: Path) -> str:
@@ -160,7 +170,8 @@ def _fault(model: type[BaseModel], error: ErrorDetails, document: Document) -> F
         name = ".".join([*filter(None, [place.name]), *map(str, loc[len(written) :])])
         return Fault(place.value, f"{name}: required")
     if error["type"] == "extra_forbidden":
-        fields = list((SECTIONS[str(loc[0])] if len(loc) > 1 else model).model_fields)
+        section = ".".join(step for step in loc[:-1] if isinstance(step, str))
+        fields = list(SECTIONS.get(section, model).model_fields)
         guess = did_you_mean(loc[-1], fields) or f"; known are {', '.join(fields)}"
         return Fault(place.key, f"{place.name}: unknown key{guess}")
     return Fault(place.value, f"{place.name}: {_text(error)}")

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, Strict, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    Strict,
+    ValidationInfo,
+    field_validator,
+)
 
 from autocompress.core.budget import Budget
 from autocompress.core.cost import Metric
 from autocompress.core.graph import Bits
 
-Stage = Literal["train", "prune", "finetune", "export"]
-STAGES: tuple[Stage, ...] = ("train", "prune", "finetune", "export")
-Algorithm = Literal["ddpg", "td3", "sac", "random", "uniform", "greedy"]
+Stage = Literal["train", "prune", "finetune", "quantise", "qat", "export"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+PRUNING: tuple[Stage, ...] = ("train", "prune", "finetune", "export")
+"""The stages of a recipe that names none."""
+Algorithm = Literal["ddpg", "td3", "sac", "random", "uniform", "greedy", "milp"]
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -107,6 +118,17 @@ class BudgetSettings(Section):
         return Budget(self.metric, self.limit, self.relative)
 
 
+def one_per_metric(value: tuple[BudgetSettings, ...]) -> tuple[BudgetSettings, ...]:
+    """The budgets, when no two are on one metric."""
+    metrics = [budget.metric for budget in value]
+    if len(set(metrics)) < len(metrics):
+        raise ValueError(f"one budget per metric, got {', '.join(metrics)} (flops counts as macs)")
+    return value
+
+
+Budgets = Annotated[tuple[BudgetSettings, ...], Strict(False), AfterValidator(one_per_metric)]
+
+
 class TrainStage(Section):
     """How the original network is trained; the fields of :class:`autocompress.training.TrainSettings`.
 
@@ -151,10 +173,19 @@ class FinetuneStage(TrainStage):
     distill_weight: float = Field(default=0.5, ge=0, le=1)
 
 
+class QatStage(FinetuneStage):
+    """How the quantised network is trained; the same network in floating point is the teacher."""
+
+    epochs: Count = 10
+    lr: float = Field(default=0.01, gt=0)
+
+
 class PruneSettings(Section):
     """How channels are chosen and how plans are scored.
 
     Args:
+        budgets: limits of this stage where stage quantise follows; none for the part of the recipe's budgets
+            that :func:`autocompress.pipeline.costs.share_for_pruning` gives it.
         importance: which channels go first.
         round_to: kept channels are a multiple of this where the layer is wide enough.
         min_keep: smallest share of its channels a layer keeps.
@@ -167,6 +198,7 @@ class PruneSettings(Section):
         keep: layers or channel groups that stay whole, as shell patterns.
     """
 
+    budgets: Budgets = ()
     importance: Literal["l1", "l2", "taylor", "geometric_median"] = "l2"
     round_to: Count = 8
     min_keep: Share = 0.2
@@ -176,55 +208,6 @@ class PruneSettings(Section):
     score_images: Count | None = None
     mixed_precision: bool = False
     keep: Names = ()
-
-
-class QuantiseSettings(Section):
-    """How weights and activations are rounded, and how plans of bits are scored.
-
-    Args:
-        weight_bits, act_bits: what a layer's weights and the activations it reads may have, ascending; the
-            last is the reference.
-        first_last: ``pin`` keeps the first and the last layer at the reference bits, ``free`` lets the search
-            decide.
-        weight_range, act_range: where tensors are clipped before rounding.
-        per_channel: one weight scale per output channel instead of one per layer.
-        asymmetric: give activations that can be negative a zero point instead of a sign.
-        power_of_two: scales are powers of two; hls4ml needs them, with ``per_channel: false``.
-        bias_correction: shift biases by the mean error of rounded weights.
-        calibration_images: training images that decide where activations are clipped.
-        score: what a plan's score is: ``accuracy``, or ``likelihood``, the geometric mean of the right
-            class's probability, which still tells plans apart when all are nearly right.
-        score_images: images of the search split that score a plan; null for all.
-        keep: layers that keep the reference bits, as shell patterns.
-    """
-
-    weight_bits: Annotated[tuple[QuantBits, ...], Strict(False)] = (2, 3, 4, 5, 6, 7, 8)
-    act_bits: Annotated[tuple[QuantBits, ...], Strict(False)] = (2, 3, 4, 5, 6, 7, 8)
-    first_last: Literal["pin", "free"] = "pin"
-    weight_range: Literal["max", "percentile", "mse", "kl", "haq"] = "mse"
-    act_range: Literal["max", "percentile", "mse", "kl", "haq"] = "mse"
-    per_channel: bool = True
-    asymmetric: bool = False
-    power_of_two: bool = False
-    bias_correction: bool = True
-    calibration_images: Count = 512
-    score: Literal["accuracy", "likelihood"] = "accuracy"
-    score_images: Count | None = None
-    keep: Names = ()
-
-    @field_validator("weight_bits", "act_bits")
-    @classmethod
-    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or any(b <= a for a, b in pairwise(value)):
-            raise ValueError(f"must be one or more bit-widths in ascending order, got {list(value)}")
-        return value
-
-    @field_validator("power_of_two")
-    @classmethod
-    def _no_zero_points(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("asymmetric"):
-            raise ValueError("power_of_two and asymmetric exclude each other; choose one")
-        return value
 
 
 class SearchSettings(Section):
@@ -250,18 +233,106 @@ class SearchSettings(Section):
         return tuple(name for name in dict.fromkeys(value) if name != info.data.get("algorithm"))
 
 
+class QuantiseSettings(Section):
+    """How weights and activations are rounded, and how plans of bits are scored.
+
+    Args:
+        method: ``linear`` rounds weights and activations to evenly spaced values. ``kmeans`` lets the weights
+            of a layer share a few values and leaves activations alone: for budgets on ``weight_bytes`` only.
+        weight_bits, act_bits: what a layer's weights and the activations it reads may have, ascending; the
+            last is the reference. No ``act_bits`` leave activations in floating point.
+        first_last: ``pin`` keeps the first and the last layer at 8 bits, ``input`` only what the first layer
+            reads, ``free`` lets the search decide all.
+        weight_range, act_range: where tensors are clipped before rounding.
+        per_channel: one weight scale per output channel instead of one per layer.
+        asymmetric: give activations that can be negative a zero point instead of a sign.
+        power_of_two: scales are powers of two; hls4ml needs them, with ``per_channel: false``.
+        bias_correction: shift biases by the mean error of rounded weights.
+        calibration_images: training images that decide where activations are clipped.
+        score: what a plan's score is: ``accuracy``, or ``likelihood``, the geometric mean of the right
+            class's probability, which still tells plans apart when all are nearly right.
+        score_images: images of the search split that score a plan; null for all.
+        sensitivity: how the loss of each choice is predicted for searches that ask (milp); null for not.
+        keep: layers that keep the reference bits, as shell patterns.
+        search: who looks for the bits; null for the recipe's ``search``.
+    """
+
+    method: Literal["linear", "kmeans"] = "linear"
+    weight_bits: Annotated[tuple[QuantBits, ...], Strict(False)] = (2, 3, 4, 5, 6, 7, 8)
+    act_bits: Annotated[tuple[QuantBits, ...], Strict(False)] = Field(
+        default=(2, 3, 4, 5, 6, 7, 8), validate_default=True
+    )
+    first_last: Literal["pin", "input", "free"] = "pin"
+    weight_range: Literal["max", "percentile", "mse", "kl", "haq"] = "mse"
+    act_range: Literal["max", "percentile", "mse", "kl", "haq"] = "mse"
+    per_channel: bool = True
+    asymmetric: bool = False
+    power_of_two: bool = False
+    bias_correction: bool = True
+    calibration_images: Count = 512
+    score: Literal["accuracy", "likelihood"] = "accuracy"
+    score_images: Count | None = None
+    sensitivity: Literal["measured", "hessian", "fisher"] | None = None
+    keep: Names = ()
+    search: SearchSettings | None = None
+
+    @property
+    def reference(self) -> Bits:
+        """The most bits of both."""
+        return Bits(self.weight_bits[-1], self.act_bits[-1] if self.act_bits else 32)
+
+    @field_validator("weight_bits", "act_bits")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(b <= a for a, b in pairwise(value)):
+            raise ValueError(f"must be bit-widths in ascending order, got {list(value)}")
+        return value
+
+    @field_validator("weight_bits")
+    @classmethod
+    def _some_weights(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        most = 8 if info.data.get("method") == "kmeans" else 16
+        if not value or value[-1] > most:
+            raise ValueError(f"must hold one or more bit-widths up to {most}, got {list(value)}")
+        return value
+
+    @field_validator("act_bits")
+    @classmethod
+    def _no_activations(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        if value and info.data.get("method") == "kmeans":
+            raise ValueError("method kmeans leaves activations in floating point; set act_bits: []")
+        return value
+
+    @field_validator("sensitivity")
+    @classmethod
+    def _of_rounding(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value and info.data.get("method") == "kmeans":
+            raise ValueError("is known for method linear only; leave it out")
+        return value
+
+    @field_validator("power_of_two")
+    @classmethod
+    def _no_zero_points(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("asymmetric"):
+            raise ValueError("power_of_two and asymmetric exclude each other; choose one")
+        return value
+
+
 class ExportSettings(Section):
     """How the ONNX file is written and measured.
 
     Args:
-        opset: ONNX operator set; PyTorch's exporter writes 18 and later.
+        opset: ONNX operator set, 18 or later; null for 18, or 21 where layers are integers.
         parity_images: images of the search split on which ONNX Runtime must agree with PyTorch.
         latency_runs: timed runs of each file.
+        qonnx: also write QONNX, which tools that build hardware read, and FINN's folding where the target is
+            a FINN pipeline; needs the extra ``fpga``.
     """
 
-    opset: int = Field(default=18, ge=18)
+    opset: int | None = Field(default=None, ge=18)
     parity_images: int = Field(default=64, ge=2)
     latency_runs: Count = 50
+    qonnx: bool = False
 
 
 class ExpectedSettings(Section):
@@ -278,6 +349,8 @@ class ExpectedSettings(Section):
 
 
 SECTIONS: dict[str, type[BaseModel]] = {
+    "prune.budgets": BudgetSettings,
+    "quantise.search": SearchSettings,
     "data": DataSettings,
     "bits": BitSettings,
     "budgets": BudgetSettings,
@@ -286,6 +359,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "quantise": QuantiseSettings,
     "search": SearchSettings,
     "finetune": FinetuneStage,
+    "qat": QatStage,
     "export": ExportSettings,
     "expected": ExpectedSettings,
 }

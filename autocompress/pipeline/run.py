@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from autocompress.core import Cost, Result
+from autocompress.core import Plan, Result
 from autocompress.core.errors import CheckpointError, RecipeError, RunDirectoryError
-from autocompress.hardware_sim import HardwareModel
 from autocompress.pipeline import stages
-from autocompress.pipeline.costs import content_digest
+from autocompress.pipeline.export_stage import export
+from autocompress.pipeline.outcome import check_prediction, layer_table, outcome
 from autocompress.pipeline.prepare import inputs_of, prepare, prepare_own
 from autocompress.pipeline.progress import OnEvent, silent
-from autocompress.pipeline.provenance import provenance
 from autocompress.pipeline.recipe import Recipe
 from autocompress.pipeline.report import write_report
 from autocompress.pipeline.run_directory import RunDirectory
-from autocompress.trace import keep_first, measure, shrink, trace
+from autocompress.pipeline.search_stage import search_bits, search_channels
+from autocompress.trace import keep_first, shrink, trace
 from autocompress.training import Data, Samples, evaluate, from_datasets
 from autocompress.zoo import load_weights
 
@@ -179,75 +179,29 @@ def _same_inputs(run: stages.Run) -> None:
 
 def _run(run: stages.Run) -> Result:
     _same_inputs(run)
-    recipe, data = run.prepared.recipe, run.prepared.data
+    recipe = run.prepared.recipe
     candidate = stages.train(run)
-    original = candidate.model
-    found = stages.search(run, candidate)
-    pruned = found.score.build(found.plan)
-    tuned = stages.finetune(run, candidate, pruned)
-    measured, parity = stages.export(run, original, tuned)
-    run.directory.write_json("layers.json", stages.layer_table(candidate, found.plan))
+    made = {"before": candidate.model}
+    plan, model = Plan(), candidate.model
+    if "prune" in recipe.stages:
+        plan, model = search_channels(run, candidate)
+        made["before_finetune"] = model
+        model = stages.finetune(run, candidate, model)
+    check_prediction(candidate.costs(plan), model, run.prepared.data.input_shape)
+    if "quantise" in recipe.stages:
+        if "prune" in recipe.stages:
+            made["before_quantise"] = model
+        plan, score = search_bits(run, candidate, model, plan)
+        if "qat" in recipe.stages:
+            made["before_qat"] = score.tables.network(plan)
+        model = stages.qat(run, score, plan, model)
+    made["after"] = model
+    exported = export(run, candidate, model, plan)
+    run.directory.write_json("layers.json", layer_table(candidate, plan))
     run.directory.write_json("training.json", run.training)
     with run.timed("test"):
-        accuracy = {
-            name: evaluate(model, data.test).accuracy
-            for name, model in (("before", original), ("pruned", pruned), ("after", tuned))
-        }
-    costs = candidate.costs
-    reached = costs(found.plan)
-    _check_prediction(reached, tuned, data.input_shape)
-    result = Result(
-        name=recipe.name,
-        before={"accuracy": accuracy["before"], **_counts(costs.reference), **measured["before"]},
-        after={
-            "accuracy": accuracy["after"],
-            "accuracy_before_finetune": accuracy["pruned"],
-            **_counts(reached),
-            **measured["after"],
-        },
-        plan=found.plan,
-        budgets={b.metric: b.limit for b in costs.resolve([b.budget for b in recipe.budgets])},
-        predicted={"before": _figures(costs.reference), "after": _figures(reached)},
-        expected=recipe.expected.model_dump(exclude_none=True),
-        search=dict(found.figures),
-        export=parity,
-        provenance=provenance(recipe)
-        | {"model": candidate.name, "data": data.name, "input_shape": list(data.input_shape)}
-        | _machine(costs.target),
-        seconds=dict(run.seconds),
-        run_dir=run.directory.path,
-    )
+        accuracy = {name: evaluate(net, run.prepared.data.test).accuracy for name, net in made.items()}
+    result = outcome(run, candidate, plan, accuracy=accuracy, exported=exported)
     run.directory.write("result.json", result.to_json())
     write_report(run.directory.path)
     return result
-
-
-def _figures(cost: Cost) -> dict[str, float]:
-    return {str(metric): value for metric, value in cost.totals.items()}
-
-
-def _counts(cost: Cost) -> dict[str, float]:
-    return {"macs": cost["macs"], "params": cost["params"]}
-
-
-def _machine(target: HardwareModel | None) -> dict[str, Any]:
-    """What the predicted figures come from."""
-    if target is None:
-        return {}
-    return {
-        "target": {
-            "name": target.name,
-            "model": target.kind,
-            "mapping": target.mapping,
-            "energy_table": target.energy_table,
-            "digest": content_digest(target),
-        }
-    }
-
-
-def _check_prediction(predicted: Cost, model: nn.Module, input_shape: tuple[int, ...]) -> None:
-    """What was promised is what is there: counted again on the finished network."""
-    measured = measure(model, input_shape)
-    for metric, value in measured.items():
-        if value != predicted[metric]:  # type: ignore[index]
-            raise AssertionError(f"predicted {metric} {predicted[metric]} but the network has {value}")  # type: ignore[index]

@@ -75,7 +75,7 @@ def test_an_impossible_budget_names_the_layers_that_hold_it_up(graph: LayerGraph
 
 @pytest.mark.parametrize(
     ("bits", "reference_bits", "expected"),
-    [(None, None, 32), (EIGHT, None, 8), (EIGHT, Bits(), 32), (None, EIGHT, 8)],
+    [(None, None, 32), (EIGHT, None, 32), (EIGHT, EIGHT, 8), (None, EIGHT, 8)],
 )
 def test_relative_budgets_refer_to_the_network_at_the_reference_bits(
     graph: LayerGraph, bits: Bits | None, reference_bits: Bits | None, expected: int

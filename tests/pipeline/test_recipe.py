@@ -48,8 +48,8 @@ def test_every_fault_is_reported_at_once_in_file_order_with_line_and_column() ->
         "weight_bytes, peak_memory_bytes are counted",
         "r.yaml:4:7: seed: must be a whole number, got '0'",
         "r.yaml:5:35: train.warmup_epochs: must be < epochs (2), got 5",
-        "r.yaml:6:21: search.algorithm: must be one of ddpg, td3, sac, random, uniform, greedy, got 'dppg'; "
-        "did you mean 'ddpg'?",
+        "r.yaml:6:21: search.algorithm: must be one of ddpg, td3, sac, random, uniform, greedy, milp, "
+        "got 'dppg'; did you mean 'ddpg'?",
         "r.yaml:6:27: search.num_plan: unknown key; did you mean 'num_plans'?",
         "r.yaml:6:51: search.num_plans: must be a whole number, got 1.5",
         "r.yaml:7:1: key seed is repeated; keep one of them",
@@ -72,8 +72,27 @@ def test_every_fault_is_reported_at_once_in_file_order_with_line_and_column() ->
         ("export:", "export: must be a mapping, got None"),
         ("name: a/b", "name: must be letters, digits"),
         ("seed: 4294967296", "seed: must be <= 4294967295, got 4294967296"),
-        ("stages: [train, export]", "stages: must hold prune, got train, export"),
-        ("stages: [prune, train]", "stages: come once each, in the order train, prune, finetune, export"),
+        ("stages: [train, export]", "stages: must hold prune, quantise or both, got train, export"),
+        (
+            "stages: [prune, train]",
+            "stages: come once each, in the order train, prune, finetune, quantise, qat, export",
+        ),
+        ("stages: [train, finetune, quantise]", "stages: finetune trains what prune makes; add prune"),
+        ("stages: [prune, qat]", "stages: qat trains what quantise makes; add quantise"),
+        ("prune: {budgets: {macs: 0.5}}", "prune: budgets of its own are for recipes with stage quantise"),
+        ("quantise: {weight_bits: [4, 2]}", "quantise.weight_bits: must be bit-widths in ascending order"),
+        ("quantise: {act_bits: [0]}", "quantise.act_bits.0: must be >= 1, got 0"),
+        ("quantise: {weight_bits: []}", "quantise.weight_bits: must hold one or more bit-widths up to 16"),
+        ("quantise: {method: kmeans}", "quantise: method kmeans leaves activations in floating"),
+        (
+            "quantise: {method: kmeans, act_bits: [], weight_bits: [9]}",
+            "quantise.weight_bits: must hold one or more bit-widths up to 8, got [9]",
+        ),
+        ("quantise: {asymmetric: true, power_of_two: true}", "quantise.power_of_two: power_of_two and"),
+        (
+            "quantise: {search: {num_plan: 3}}",
+            "quantise.search.num_plan: unknown key; did you mean 'num_plans'?",
+        ),
         ("stages: [prune, prune]", "stages: come once each"),
         ("device: gpu", "device: must be one of cpu, cuda, got 'gpu'"),
         ("target: bitfusio", "target: no target 'bitfusio'; did you mean 'bitfusion'?"),
@@ -244,11 +263,15 @@ def test_a_budget_is_on_what_is_counted_or_what_the_target_gives() -> None:
     counted = {"macs": 1, "params": 1, "bitops": 1, "weight_bytes": 1, "peak_memory_bytes": 1}
     Recipe.from_mapping({"budgets": counted})
     Recipe.from_mapping({"budgets": counted | {"latency_ms": 0.5, "energy_mj": 3.5}, "target": "eyeriss"})
-    text = "target: eyeriss\nbudgets: [{metric: luts, limit: 0.5}, {metric: dsps, limit: 9, relative: false}]"
+    text = (
+        "target: eyeriss\nbudgets: [{metric: luts, limit: 0.5}, {metric: dsps, limit: 9, relative: false}]\n"
+        "stages: [prune, quantise]\nprune: {budgets: {macs: 0.5, brams: 3}}"
+    )
     gives = f"eyeriss gives latency_ms, energy_mj; {', '.join(counted)} are counted"
     assert faults_of(text) == [
         f"r.yaml:2:20: budgets.0.metric: nothing gives luts; {gives}",
         f"r.yaml:2:48: budgets.1.metric: nothing gives dsps; {gives}",
+        f"r.yaml:4:30: prune.budgets.brams: nothing gives brams; {gives}",
     ]
 
 
@@ -369,7 +392,7 @@ def test_a_path_comes_before_a_bundled_name(tmp_path: Path, monkeypatch: pytest.
 def test_stage_settings_hold_exactly_the_fields_of_train_settings() -> None:
     fields = json.loads(Recipe.parse(SMALL).model_dump_json())
     names = {field.name for field in dataclasses.fields(TrainSettings)}
-    assert set(fields["train"]) == set(fields["finetune"]) == names
+    assert set(fields["train"]) == set(fields["finetune"]) == set(fields["qat"]) == names
 
 
 def test_a_recipe_can_name_exactly_the_searches_there_are() -> None:

@@ -107,11 +107,14 @@ def _result() -> Result:
         plan=Plan.from_json(json.dumps(best["plan"])),
         budgets={"macs": 0.5 * MACS},
         search={
-            "algorithm": "ddpg",
-            "num_plans": 300,
-            "best_score": best["score"],
-            "seconds": 341.2,
-            "baselines": {"random": drawn["score"], "uniform": 0.55},
+            "prune": {
+                "algorithm": "ddpg",
+                "num_plans": 300,
+                "best_score": best["score"],
+                "seconds": 341.2,
+                "baselines": {"random": drawn["score"], "uniform": 0.55},
+                "budgets": {"macs": 0.5 * MACS},
+            }
         },
         export={"max_abs_diff": 3.1e-6, "max_rel_diff": 2.2e-7, "top1_agreement": 1.0, "num_images": 256},
         provenance={
@@ -133,7 +136,7 @@ def _write_run(
 ) -> Path:
     (folder / "result.json").write_text((result or _result()).to_json())
     (folder / "layers.json").write_text(json.dumps(layers or _layers(NUM_LAYERS)))
-    (folder / "trials.json").write_text(json.dumps(_trials()))
+    (folder / "trials.json").write_text(json.dumps({"prune": _trials()}))
     (folder / "training.json").write_text(json.dumps(_training()))
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
@@ -173,7 +176,7 @@ def test_report_states_the_outcome_in_one_sentence(run_dir: Path) -> None:
 def test_every_measured_figure_stands_in_the_result_table(run_dir: Path) -> None:
     assert _result_rows(run_dir)[1:] == [
         ["Test accuracy", "93.12 %", "92.68 %", "-0.44 points"],
-        ["Test accuracy before fine-tuning", "93.12 %", "77.13 %", "-15.99 points"],
+        ["Test accuracy pruned, before fine-tuning", "93.12 %", "77.13 %", "-15.99 points"],
         ["MACs per image", "41,200,000", "20,480,000", "-50.3 %"],
         ["Parameters", "855,770", "431,290", "-49.6 %"],
         ["ONNX file (bytes)", "3,463,112", "1,762,004", "-49.1 %"],
@@ -308,7 +311,7 @@ def test_no_drawing_leaves_its_frame(run_dir: Path) -> None:
 def test_report_says_when_a_baseline_found_the_plan_used(run_dir: Path) -> None:
     assert "plan used" not in _report(run_dir)
     result = _result()
-    beaten = replace(result, search=result.search | {"found_by": "uniform"})
+    beaten = replace(result, search={"prune": result.search["prune"] | {"found_by": "uniform"}})
     (run_dir / "result.json").write_text(beaten.to_json())
     assert "The plan used was found by uniform, not by ddpg." in _report(run_dir)
 
@@ -324,7 +327,8 @@ def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
     layers = _layers(3)
     layers[0] |= {"name": attack, "locked": attack, "group": attack}
     _write_run(tmp_path, replace(_result(), name=attack, provenance={attack: attack}), layers)
-    (tmp_path / "trials.json").write_text(json.dumps({attack: [_trial(0, 0.5, 0.4 * MACS, attack)]}))
+    trials = {attack: {attack: [_trial(0, 0.5, 0.4 * MACS, attack)]}}
+    (tmp_path / "trials.json").write_text(json.dumps(trials))
     (tmp_path / "training.json").write_text(json.dumps({attack: _training()["train"]}))
     (tmp_path / "recipe.yaml").write_text(attack)
     html = _report(tmp_path)
@@ -380,7 +384,8 @@ def test_an_unfinished_run_is_refused_with_the_way_to_resume_it(tmp_path: Path) 
         ("result.json", '{"name": '),
         ("result.json", '{"name": "a"}'),
         ("layers.json", '[{"name": "conv1"}]'),
-        ("trials.json", '{"ddpg": [{"index": 0}]}'),
+        ("trials.json", '{"prune": {"ddpg": [{"index": 0}]}}'),
+        ("uniform.json", '[{"bits": 2}]'),
         ("training.json", '{"train": [{"epoch": 1}]}'),
         ("training.json", "[]"),
         (

@@ -95,7 +95,11 @@ def test_the_result_meets_every_budget_and_is_what_the_network_measures(straight
 
 def test_every_search_gets_as_many_plans(straight: Path) -> None:
     trials = json.loads((straight / "trials.json").read_text())
-    assert {name: len(rows) for name, rows in trials.items()} == {"ddpg": 8, "random": 8, "uniform": 1}
+    assert {name: len(rows) for name, rows in trials["prune"].items()} == {
+        "ddpg": 8,
+        "random": 8,
+        "uniform": 1,
+    }
 
 
 @pytest.mark.parametrize("stop_at", [3, 9, 16, 26])
@@ -195,7 +199,7 @@ def test_a_run_within_a_latency_budget_goes_on_only_with_the_same_target(tmp_pat
 
     def interrupt(event: Event) -> None:
         nonlocal stopped
-        if event.stage == "search random" and event.done == 4 and not stopped:
+        if event.stage == "prune random" and event.done == 4 and not stopped:
             stopped = True
             raise KeyboardInterrupt
 

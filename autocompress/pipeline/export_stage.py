@@ -1,0 +1,154 @@
+"""What a run leaves for others: files that agree with PyTorch, their size and speed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from autocompress.core import LayerGraph, Plan
+from autocompress.core.errors import InfeasibleBudgetError
+from autocompress.core.files import write_atomically
+from autocompress.export import check_parity, export_onnx, measure_latency
+from autocompress.hardware_sim.finn_dataflow import FinnDataflow
+from autocompress.pipeline.problems import Candidate
+from autocompress.pipeline.progress import Event
+from autocompress.pipeline.stages import Run
+from autocompress.training import batches
+from autocompress.zoo import save_weights
+
+logger = logging.getLogger(__name__)
+
+OPSET, QUANTISED_OPSET = 18, 21
+"""Operator sets where the recipe names none; 21 can hold weights of 4 bits in 4 bits."""
+
+
+@dataclass
+class Exported:
+    """What the stage wrote and measured.
+
+    Args:
+        before, after: file_bytes and latency_ms of the original and of the compressed network.
+        parity: agreement of ONNX Runtime with PyTorch, by name.
+        files: name -> ``about`` in words, ``bytes``, and what else is known of it.
+    """
+
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    parity: dict[str, float] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def export(run: Run, candidate: Candidate, compressed: nn.Module, plan: Plan) -> Exported:
+    """Write both networks as ONNX, check them against PyTorch, and measure size and latency.
+
+    Args:
+        run: the run.
+        candidate: the network before.
+        compressed: the network after; of Brevitas layers where the plan gives activations bits.
+        plan: what was done.
+
+    Raises:
+        ExportError: a file disagrees with PyTorch.
+    """
+    recipe, shape, folder = run.prepared.recipe, run.prepared.data.input_shape, run.directory.path
+    done = Exported()
+    save_weights(compressed, folder / "model.safetensors")
+    if "export" not in recipe.stages:
+        return done
+    settings = recipe.export
+    images = torch.cat([x for x, _ in islice(batches(run.prepared.data.search, settings.parity_images), 1)])
+    paths = {name: folder / f"{name}.onnx" for name in ("original", "model")}
+    integers = any(bits.act < 32 for bits in plan.bits.values())
+    with run.timed("export"):
+        run.on_event(Event("export", 0, 3))
+        export_onnx(candidate.model, paths["original"], input_shape=shape, opset=settings.opset or OPSET)
+        run.on_event(Event("export", 1, 3))
+        write = _write_integers if integers else _write_floats
+        done.parity = write(compressed, paths["model"], images, settings.opset)
+        run.on_event(Event("export", 2, 3))
+        latency = measure_latency(paths, input_shape=shape, runs=settings.latency_runs)
+        about = {"original": "the network before, for ONNX Runtime", "model": "the network after, likewise"}
+        for name, figures in (("original", done.before), ("model", done.after)):
+            figures["file_bytes"] = float(paths[name].stat().st_size)
+            figures["latency_ms"] = latency[name].median_ms
+            done.files[paths[name].name] = _entry(paths[name], about[name])
+        if integers and settings.qonnx:
+            done.files |= _hardware_files(candidate, compressed, plan, images, folder)
+        run.on_event(Event("export", 3, 3))
+    return done
+
+
+def _entry(path: Path, about: str, **more: Any) -> dict[str, Any]:
+    return {"about": about, "bytes": path.stat().st_size, **more}
+
+
+def _shape(images: Tensor) -> tuple[int, int, int]:
+    _, channels, height, width = images.shape
+    return channels, height, width
+
+
+def _write_floats(model: nn.Module, path: Path, images: Tensor, opset: int | None) -> dict[str, float]:
+    export_onnx(model, path, input_shape=_shape(images), opset=opset or OPSET)
+    return {name: float(value) for name, value in asdict(check_parity(model, path, images)).items()}
+
+
+def _write_integers(model: nn.Module, path: Path, images: Tensor, opset: int | None) -> dict[str, float]:
+    from autocompress.export.qcdq_file import count_int8, export_qcdq
+    from autocompress.export.quantised_parity import check_quantised_parity
+
+    assert isinstance(model, fx.GraphModule)
+    export_qcdq(model, path, input_shape=_shape(images), opset=opset or QUANTISED_OPSET)
+    parity = check_quantised_parity(model, path, images)
+    on_integers, convolutions = count_int8(path)
+    return {name: float(value) for name, value in asdict(parity.as_run).items()} | {
+        "max_abs_diff_as_written": parity.as_written.max_abs_diff,
+        "top1_agreement_as_written": parity.as_written.top1_agreement,
+        "rounded_otherwise": parity.rounded_otherwise,
+        "integer_convolutions": float(on_integers),
+        "convolutions": float(convolutions),
+    }
+
+
+def _hardware_files(
+    candidate: Candidate, model: nn.Module, plan: Plan, images: Tensor, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """QONNX for FINN and hls4ml and, for a target that is a FINN pipeline, its folding."""
+    from autocompress.export.qonnx_file import export_qonnx
+    from autocompress.export.qonnx_parity import check_qonnx_parity
+
+    path = export_qonnx(model, folder / "model.qonnx", input_shape=_shape(images))
+    parity = check_qonnx_parity(model, path, images)
+    files = {path.name: _entry(path, "QONNX, for FINN and hls4ml", parity=asdict(parity))}
+    target = candidate.costs.target
+    if isinstance(target, FinnDataflow):
+        folding = folder / "folding.json"
+        figures = _folding(target, plan.apply(candidate.costs.graph), folding)
+        files |= (
+            {folding.name: _entry(folding, "PE and SIMD per layer, for FINN", **figures)} if figures else {}
+        )
+    return files
+
+
+def _folding(target: FinnDataflow, graph: LayerGraph, path: Path) -> dict[str, float]:
+    """Write FINN's folding configuration; empty, with a warning, where no folding fits the device."""
+    try:
+        folding = target.folding(graph)
+        config = target.folding_config(graph)
+    except InfeasibleBudgetError as fault:
+        logger.warning("no folding.json: %s", fault)
+        return {}
+    write_atomically(path, json.dumps(config, indent=1).encode())
+    costs = folding.costs
+    sums = {"luts": costs.luts, "brams": costs.brams, "dsps": costs.dsps}
+    rate = target.clock_mhz * 1e6 / folding.interval_cycles
+    return {name: float(values.sum()) for name, values in sums.items()} | {
+        "cycles_per_image": float(folding.interval_cycles),
+        "images_per_s": rate,
+    }
