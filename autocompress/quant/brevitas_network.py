@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 from autocompress.core.graph import Bits
 from autocompress.core.plan import Plan
 from autocompress.quant.grids import Grid
+from autocompress.quant.skeleton import Layer
 from autocompress.quant.tables import QuantTables
 
 _SMALLEST_SCALE = 1e-30  # Brevitas' own limit, 1e-10, would change the values of nearly dead channels
@@ -30,30 +32,45 @@ def quantize(tables: QuantTables, plan: Plan) -> fx.GraphModule:
     Raises:
         ValueError: a layer the network lacks, or bits that no grid has.
     """
-    return tables.skeleton.instrumented(
+
+    def make_layer(layer: str, bits: Bits) -> nn.Module:
+        original = tables.skeleton.layers[layer]
+        if bits.weight >= 32:
+            return quantised_layer(original, bits, None, original.bias)
+        grid = tables.weight(layer, bits.weight).grid
+        return quantised_layer(original, bits, grid, tables.corrected_bias(layer, bits.weight))
+
+    made = tables.skeleton.instrumented(
         plan.bits,
-        make_quantiser=lambda source, bits: _activation_quantiser(tables.calibration.grid(source, bits)),
-        make_layer=lambda layer, bits: _quantised_layer(tables, layer, bits),
-        make_plain=_Plain,
+        make_quantiser=lambda source, bits: activation_quantiser(tables.calibration.grid(source, bits)),
+        make_layer=make_layer,
+        make_plain=Plain,
     )
+    return copy.deepcopy(made)  # what no layer replaced would be trained in the tables too
 
 
-def _activation_quantiser(grid: Grid) -> nn.Module:
+def activation_quantiser(grid: Grid) -> nn.Module:
+    """A Brevitas module that rounds to a grid."""
     from brevitas.nn import QuantIdentity
 
     made: nn.Module = QuantIdentity(act_quant=_injector(grid, _base("Act", grid)), return_quant_tensor=True)
     return made
 
 
-def _quantised_layer(tables: QuantTables, layer: str, bits: Bits) -> nn.Module:
+def quantised_layer(original: Layer, bits: Bits, grid: Grid | None, bias: Tensor | None) -> nn.Module:
+    """A Brevitas layer with the weights of another layer.
+
+    Args:
+        original: the layer.
+        bits: its bits; with float weights it is the layer itself, behind a :class:`Plain`.
+        grid: of the weights; None for float ones.
+        bias: in place of the original's.
+    """
     import brevitas.nn as qnn
     from brevitas.quant import Int32Bias
 
-    original = tables.skeleton.layers[layer]
-    if bits.weight >= 32:
-        return nn.Sequential(_Plain(), original)
-    grid = tables.weight(layer, bits.weight).grid
-    bias = tables.corrected_bias(layer, bits.weight)
+    if grid is None:
+        return nn.Sequential(Plain(), original)
     settings: dict[str, Any] = {
         "bias": bias is not None,
         "weight_quant": _injector(grid, _base("Weight", grid)),
@@ -81,10 +98,11 @@ def _quantised_layer(tables: QuantTables, layer: str, bits: Bits) -> nn.Module:
     return placed
 
 
-class _Plain(nn.Module):
+class Plain(nn.Module):
     """The values of a tensor without its Brevitas envelope, for operations that know no scales."""
 
     def forward(self, x: Any) -> Tensor:
+        """The values."""
         return x if isinstance(x, Tensor) else x.value
 
 
