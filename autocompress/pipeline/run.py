@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,12 @@ import torch
 from torch import nn
 
 from autocompress.core import Plan, Result
-from autocompress.core.errors import CheckpointError, RecipeError, RunDirectoryError
+from autocompress.core.errors import (
+    CheckpointError,
+    RecipeError,
+    RunDirectoryError,
+    UnsupportedModelError,
+)
 from autocompress.pipeline import stages
 from autocompress.pipeline.export_stage import export
 from autocompress.pipeline.outcome import check_prediction, layer_table, outcome
@@ -22,9 +28,10 @@ from autocompress.pipeline.recipe import Recipe
 from autocompress.pipeline.report import write_report
 from autocompress.pipeline.run_directory import RunDirectory
 from autocompress.pipeline.search_stage import search_bits, search_channels
+from autocompress.quant.stored import unfilled
 from autocompress.trace import keep_first, shrink, trace
 from autocompress.training import Data, Samples, evaluate, from_datasets
-from autocompress.zoo import load_weights
+from autocompress.zoo import load_weights, read_safetensors
 
 
 def run_recipe(recipe: Recipe, *, out: Path | None = None, on_event: OnEvent = silent) -> Result:
@@ -108,7 +115,7 @@ def compress(
 
 
 def load_compressed(model: nn.Module, run_dir: Path | str) -> nn.Module:
-    """The compressed network of a finished run.
+    """The compressed network of a finished run; of Brevitas layers where activations are integers.
 
     Args:
         model: the original architecture, with any weights; not changed.
@@ -123,11 +130,15 @@ def load_compressed(model: nn.Module, run_dir: Path | str) -> nn.Module:
         raise RunDirectoryError(f"{path} holds no result.json: the run has not finished; resume it first")
     result = Result.from_json((path / "result.json").read_text(encoding="utf-8"))
     traced = trace(model, result.provenance["input_shape"])
+    weights, quantisers = path / "model.safetensors", path / "quantisers.json"
     try:
         small = shrink(model, traced, keep_first(traced, result.plan.channels))
-    except ValueError as fault:
+        if quantisers.exists():
+            structure = json.loads(quantisers.read_text(encoding="utf-8"))
+            small = unfilled(small, result.plan, structure, read_safetensors(weights)[0])
+    except (ValueError, KeyError, UnsupportedModelError) as fault:
         raise CheckpointError(f"{path} was made from another network: {fault}") from fault
-    load_weights(small, path / "model.safetensors")
+    load_weights(small, weights)
     return small.eval()
 
 

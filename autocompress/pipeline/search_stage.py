@@ -23,6 +23,8 @@ from autocompress.pipeline.progress import Event
 from autocompress.pipeline.quick_score import QuickScore
 from autocompress.pipeline.recipe import Stage
 from autocompress.pipeline.stages import Run
+from autocompress.quant import QuantTables
+from autocompress.quant.stored import structure_of
 
 
 def search_channels(run: Run, candidate: Candidate) -> tuple[Plan, nn.Module]:
@@ -52,6 +54,8 @@ def search_bits(run: Run, candidate: Candidate, model: nn.Module, pruned: Plan) 
         run.on_event(Event("analyse ranges", 0, 1))
         score = BitScore(model, run.prepared.data, settings=recipe.quantise, seed=recipe.seed)
         run.on_event(Event("analyse ranges", 1, 1))
+        if isinstance(score.tables, QuantTables):
+            run.directory.write_json("quantisers.json", structure_of(score.tables.calibration))
         problem = bit_problem_of(candidate, recipe, score, pruned=pruned)
         plan = _search(run, "quantise", problem)
         run.directory.write_json("uniform.json", _uniform_points(run, candidate, problem, pruned))
