@@ -7,7 +7,9 @@ from dataclasses import fields
 from typing import Any
 
 from autocompress.agents.actor_critic import DDPGSearch, SACSearch, TD3Search
+from autocompress.agents.allocate import allocate_bits
 from autocompress.agents.baselines import Greedy, RandomSearch, Uniform, least_plans
+from autocompress.agents.milp import MilpSearch
 from autocompress.core import Search
 from autocompress.core.errors import RecipeError
 from autocompress.core.wording import did_you_mean
@@ -16,10 +18,12 @@ __all__ = [
     "SEARCHES",
     "DDPGSearch",
     "Greedy",
+    "MilpSearch",
     "RandomSearch",
     "SACSearch",
     "TD3Search",
     "Uniform",
+    "allocate_bits",
     "least_plans",
     "make_search",
 ]
@@ -31,6 +35,7 @@ SEARCHES: dict[str, type[Any]] = {
     "random": RandomSearch,
     "uniform": Uniform,
     "greedy": Greedy,
+    "milp": MilpSearch,
 }
 
 

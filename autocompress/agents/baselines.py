@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from autocompress.agents.scaling import scaled_to_budget
+from autocompress.agents.scaling import scaled_to_budget, uniform_assignments
 from autocompress.core import Cost, Problem, SearchResult, Trial, TrialCallback, Value
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """All knobs at one common fraction: the largest within every budget. Assesses exactly one plan."""
+    """All knobs alike, at most as large as every budget allows.
+
+    Channels: one plan, all knobs at one common fraction. Bits: the widest equal bits for weights and
+    activations, then, as far as the number of plans allows, the pairs of one width for all weights and
+    another for all activations in which neither can be wider.
+    """
 
     def __call__(
         self, problem: Problem, *, num_plans: int, seed: int, callbacks: Sequence[TrialCallback] = ()
     ) -> SearchResult:
-        """Assess the uniform plan; see :class:`autocompress.core.Search`. ``seed`` changes nothing.
+        """Assess the uniform plans; see :class:`autocompress.core.Search`. ``seed`` changes nothing.
 
         Raises:
             InfeasibleBudgetError: no plan meets the budgets.
             ValueError: ``num_plans`` is below 1.
         """
         require_plans(self, num_plans, problem)
-        values = scaled_to_budget(problem, [1.0] * len(problem.knobs))
-        return SearchResult((recorded(problem.assess(values, index=0, source="uniform"), callbacks),))
+        plans = uniform_assignments(problem)[:num_plans]
+        return SearchResult(
+            tuple(
+                recorded(problem.assess(values, index=index, source="uniform"), callbacks)
+                for index, values in enumerate(plans)
+            )
+        )
 
 
 @dataclass(frozen=True)
 class RandomSearch:
-    """Independent uniform fractions per knob, scaled by a common factor to spend the budget.
+    """Independent uniform fractions per knob, moved together to spend the budget.
 
     A stronger baseline than clipping random wishes in order, which starves the knobs decided last and
     leaves budget unspent.
@@ -96,29 +107,53 @@ class Greedy:
         return SearchResult(tuple(descent.trials))
 
 
-class _Descent:
-    """State of one greedy search: the present choices, their score, and the trials so far."""
+class Evaluations:
+    """Scores of plans within and over budget, and the trials among them.
+
+    Args:
+        problem: what is searched.
+        callbacks: called after every trial.
+
+    Attributes:
+        trials: the plans within budget, in order.
+        num_evaluated: all plans scored.
+    """
 
     def __init__(self, problem: Problem, callbacks: Sequence[TrialCallback]) -> None:
-        self.problem, self.callbacks = problem, callbacks
-        self.values: list[Value] = [knob.choices[-1] for knob in problem.knobs]
+        self.problem, self._callbacks = problem, callbacks
         self.trials: list[Trial] = []
         self.num_evaluated = 0
+
+    def score_of(self, values: Sequence[Value], source: str) -> float:
+        """The score of a plan, which is a trial if it is within budget.
+
+        Raises:
+            ValueError: the score is not finite.
+        """
+        self.num_evaluated += 1
+        plan = self.problem.plan(values)
+        if self.problem.meets_budgets(self.problem.price(plan)):
+            trial = self.problem.assess(values, index=len(self.trials), source=source)
+            self.trials.append(recorded(trial, self._callbacks))
+            return trial.score
+        score = float(self.problem.evaluate(plan))
+        if not math.isfinite(score):
+            raise ValueError(f"evaluate must return a finite score, got {score} for plan {plan.digest}")
+        return score
+
+
+class _Descent(Evaluations):
+    """State of one greedy search: the present choices and their score."""
+
+    def __init__(self, problem: Problem, callbacks: Sequence[TrialCallback]) -> None:
+        super().__init__(problem, callbacks)
+        self.values: list[Value] = [knob.choices[-1] for knob in problem.knobs]
         self.pressure = self._pressure_of(problem.largest)
-        self.score = self._score_of(self.values)
+        self.score = self.score_of(self.values, "greedy")
 
     def _pressure_of(self, cost: Cost) -> float:
         """How far over budget: the largest ratio of cost to limit; at most 1 when all budgets are met."""
         return max((cost[b.metric] / b.limit for b in self.problem.budgets), default=0.0)
-
-    def _score_of(self, values: Sequence[Value]) -> float:
-        self.num_evaluated += 1
-        plan = self.problem.plan(values)
-        if not self.problem.meets_budgets(self.problem.price(plan)):
-            return float(self.problem.evaluate(plan))
-        trial = self.problem.assess(values, index=len(self.trials), source="greedy")
-        self.trials.append(recorded(trial, self.callbacks))
-        return trial.score
 
     def lower_one_knob(self, step: float) -> bool:
         """One round: take the proposal that loses the least score per cost; False if none removes cost."""
@@ -128,7 +163,7 @@ class _Descent:
             values = self._lowered(index, goal)
             removed = self.pressure - self._pressure(values)
             if removed > 0:
-                score = self._score_of(values)
+                score = self.score_of(values, "greedy")
                 proposals.append(((self.score - score) / removed, -removed, index, score, values))
         if not proposals:
             return False
@@ -139,7 +174,7 @@ class _Descent:
     def finish(self) -> None:
         """Assess the present choices, scaled to the budget."""
         fractions = [k.fraction_of(v) for k, v in zip(self.problem.knobs, self.values, strict=True)]
-        self._score_of(scaled_to_budget(self.problem, fractions))
+        self.score_of(scaled_to_budget(self.problem, fractions), "greedy")
 
     def _pressure(self, values: Sequence[Value]) -> float:
         return self._pressure_of(self.problem.price(self.problem.plan(values)))

@@ -43,8 +43,8 @@ from autocompress.agents.actor_critic import ActorCriticSearch
 from autocompress.agents.baselines import recorded, require_plans
 from autocompress.agents.scaling import scaled_to_budget
 from autocompress.core import Problem, SearchResult, Trial, TrialCallback
-from autocompress.core.errors import DivergenceError
-from autocompress.envs import ChannelPruningEnv, LayerwiseEnv
+from autocompress.core.errors import DivergenceError, RecipeError
+from autocompress.envs import ChannelPruningEnv, LayerwiseEnv, MixedPrecisionEnv
 from autocompress.envs.layerwise import Vector
 
 _ALGORITHMS = {"ddpg": DDPG, "td3": TD3, "sac": SAC}
@@ -200,8 +200,8 @@ def search(
         DivergenceError: rewards or network weights are not finite.
     """
     require_plans(settings, num_plans, problem)
-    env = ChannelPruningEnv(problem)
-    rehearsal = ChannelPruningEnv(replace(problem, evaluate=lambda plan: 0.0))
+    env = env_for(problem)
+    rehearsal = env_for(replace(problem, evaluate=lambda plan: 0.0))
     learner = Learner(settings, rehearsal, num_plans, seed)
     rng = np.random.default_rng([seed, 0])
     num_warmup = max(1, min(100, num_plans // 4))
@@ -222,18 +222,35 @@ def search(
     return SearchResult(tuple(trials), final.plan)
 
 
+def env_for(problem: Problem) -> LayerwiseEnv:
+    """The environment whose observations fit the problem's knobs.
+
+    Raises:
+        InfeasibleBudgetError: no plan meets the budgets.
+        RecipeError: the knobs are of kinds that no environment decides together.
+        ValueError: knobs without the environment's features.
+    """
+    kinds = {knob.kind for knob in problem.knobs}
+    if kinds == {"channels"}:
+        return ChannelPruningEnv(problem)
+    if kinds <= {"weight_bits", "act_bits"}:
+        return MixedPrecisionEnv(problem)
+    raise RecipeError(
+        f"learned searches decide channels or bits, this problem has {', '.join(sorted(kinds))}; search them "
+        "one after the other, or use random or greedy"
+    )
+
+
 def play(env: LayerwiseEnv, policy: Policy) -> Episode:
     """One episode in which ``policy(state, step)`` chooses every action."""
     state, _ = env.reset()
     states: list[Vector] = [state]
-    actions: list[float] = []
     reward, ended, info = 0.0, False, dict[str, Any]()
     while not ended:
-        action = np.array([policy(state, len(actions))], np.float32)
+        action = np.array([policy(state, len(states) - 1)], np.float32)
         state, reward, ended, _, info = env.step(action)
         states.append(state)
-        actions.append(info["bounded_action"])
-    return Episode(np.stack(states), np.array(actions, np.float32), reward, info["trial"])
+    return Episode(np.stack(states), info["bounded_actions"], reward, info["trial"])
 
 
 def _fixed(problem: Problem, fractions: NDArray[np.float64]) -> Policy:

@@ -126,7 +126,8 @@ class Problem:
         if len(values) > len(self.knobs):
             raise ValueError(f"{len(self.knobs)} knobs take at most as many values, got {len(values)}")
         arch, channels = dict(self.base.arch), dict(self.base.channels)
-        bits = dict(self.base.bits)
+        weight = {layer: bits.weight for layer, bits in self.base.bits.items()}
+        act = {layer: bits.act for layer, bits in self.base.bits.items()}
         unchanged = [knob.choices[-1] for knob in self.knobs[len(values) :]]
         for knob, value in zip(self.knobs, [*values, *unchanged], strict=True):
             if value not in knob.choices:
@@ -136,10 +137,10 @@ class Problem:
             elif knob.kind == "channels":
                 channels[knob.name] = int(value)
             else:
-                side = "weight" if knob.kind == "weight_bits" else "act"
-                for layer in knob.bit_layers:
-                    bits[layer] = replace(bits.get(layer, Bits()), **{side: int(value)})
-        return Plan(arch, channels, bits)
+                side = weight if knob.kind == "weight_bits" else act
+                side.update(dict.fromkeys(knob.bit_layers, int(value)))
+        layers = dict.fromkeys([*weight, *act])
+        return Plan(arch, channels, {name: Bits(weight.get(name, 32), act.get(name, 32)) for name in layers})
 
     @cached_property
     def smallest(self) -> Cost:
