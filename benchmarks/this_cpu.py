@@ -1,10 +1,11 @@
-"""How well a profile of this machine predicts networks it was not fitted on.
+"""How well a profile of this machine predicts networks it was not fitted on, in float and in int8.
 
-Times the profile's own networks and four networks of torchvision at 224 x 224 in ONNX Runtime, float, batch
-1, one thread, all in one loop; fits ours, a four-constant roofline and one proportional to MACs to the former
-and prints their errors on the latter: the median over layers against ONNX Runtime's profile, and the whole
-network from end to end. All three are given the same charge for the time between layers. Saves the table as
-results/this-cpu-<machine>-torch<version>.csv.
+Times the profile's own networks and four networks of torchvision at 224 x 224 in ONNX Runtime, batch 1, one
+thread, all in one loop; int8 is QDQ, the held-out networks quantised by ONNX Runtime's own static
+quantisation (per channel, unsigned activations). Fits ours, a four-constant roofline and one proportional to
+MACs to the former, per precision, and prints their errors on the latter: the median over layers against ONNX
+Runtime's profile, and the whole network from end to end. All three are given the same charge for the time
+between layers. Saves the table as results/this-cpu-<machine>-torch<version>.csv.
 
 Run: python benchmarks/this_cpu.py [--runs 25] [--networks 36] [--save FOLDER]
 --save also writes the measurements; tests/golden holds those of one run.
@@ -14,21 +15,25 @@ from __future__ import annotations
 
 import argparse
 import csv
+import logging
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
 import torchvision
 from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from scipy.optimize import minimize
 
-from autocompress.core import LayerSpec
+from autocompress.core import Bits, LayerSpec
 from autocompress.export import export_onnx
-from autocompress.export.layer_bench import Timing, chain_model, time_networks
+from autocompress.export.layer_bench import PRECISIONS, Timing, chain_model, time_networks
 from autocompress.hardware_sim.measured import Measured
 from autocompress.hardware_sim.table import LayerTable
 from autocompress.pipeline.measurements import Measurement, Measurements, write_measurements
@@ -44,41 +49,90 @@ from autocompress.trace import trace
 
 HELD_OUT = ("resnet18", "mobilenet_v2", "vgg11", "squeezenet1_1")
 SHAPE = (3, 224, 224)
-COLUMNS = ("predictor", "network", "layers", "measured_ms", "median_layer_error", "network_error")
+COLUMNS = ("predictor", "bits", "network", "layers", "measured_ms", "median_layer_error", "network_error")
 Floats = NDArray[np.float64]
 Predictor = Callable[[LayerTable], Floats]
 
 
-def ordered(layers: tuple[LayerSpec, ...], timing: Timing) -> list[float]:
-    """Times in the order of the layers; the runtime swaps parallel branches of different windows."""
+class RandomImages(CalibrationDataReader):  # type: ignore[misc]
+    """Two batches of noise: ranges of activations do not change times."""
+
+    def __init__(self, name: str) -> None:
+        rng = np.random.default_rng(0)
+        self.batches = iter([{name: rng.standard_normal((1, *SHAPE), dtype=np.float32)} for _ in range(2)])
+
+    def get_next(self) -> dict[str, Any] | None:  # noqa: D102
+        return next(self.batches, None)
+
+
+def quantised(path: Path) -> Path:
+    """The same network with 8-bit weights and activations."""
+    name = onnx.load(path, load_external_data=False).graph.input[0].name
+    target = path.with_suffix(".int8.onnx")
+    settings = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
+    logging.disable(logging.WARNING)  # its advice to run a preprocessing step that changes nothing here
+    quantize_static(path, target, RandomImages(name), **settings)
+    logging.disable(logging.NOTSET)
+    return target
+
+
+def in_order(layers: Sequence[LayerSpec], timing: Timing, names: Sequence[str]) -> list[float]:
+    """Times in the order of the layers; the runtime swaps parallel branches.
+
+    Args:
+        layers: of the network.
+        timing: of the layers as they ran.
+        names: of the layers' nodes in the ONNX file, in order.
+    """
     left = list(range(len(timing.layer_ms)))
     times = []
-    for layer in layers:
+    for layer, name in zip(layers, names, strict=True):
         window = (*layer.kernel, *layer.out_hw) if layer.kind == "conv" else ()
-        found = next(i for i in left if timing.windows[i] == window)
-        left.remove(found)
-        times.append(timing.layer_ms[found])
+        named = [i for i in left if timing.names[i] == name or timing.names[i].startswith(f"{name}_token")]
+        found = named or [i for i in left if timing.windows[i] == window]
+        left.remove(found[0])
+        times.append(timing.layer_ms[found[0]])
     return times
 
 
+def layer_nodes(path: Path) -> list[str]:
+    """Names of the convolutions and linear layers of an ONNX file, in order."""
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    return [node.name for node in nodes if node.op_type in ("Conv", "Gemm", "MatMul")]
+
+
 def measure(num_networks: int, runs: int) -> tuple[Measurements, Measurements]:
-    """Measurements of the profile's networks and of the held-out ones."""
+    """Measurements of the profile's networks and of the held-out ones, at both precisions."""
     chains = measured_networks(num_networks)
-    models: dict[str, bytes | Path] = {name: chain_model(chain) for name, chain in chains.items()}
-    graphs = {}
+    models: dict[tuple[str, int], bytes | Path] = {
+        (name, bits): chain_model(chain, bits=bits) for name, chain in chains.items() for bits in PRECISIONS
+    }
+    graphs, nodes = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name in HELD_OUT:
             network = torchvision.models.get_model(name, weights=None)
             graphs[name] = trace(network, SHAPE).graph
-            models[name] = export_onnx(network, Path(folder) / f"{name}.onnx", input_shape=SHAPE)
-        timings = time_networks(models, runs=runs)
-    held_out = [
-        Measurement(name, replace(layer), latency)
-        for name, graph in graphs.items()
-        for layer, latency in zip(graph.layers, ordered(graph.layers, timings[name]), strict=True)
+            path = export_onnx(network, Path(folder) / f"{name}.onnx", input_shape=SHAPE)
+            nodes[name] = layer_nodes(path)
+            models |= {(name, 32): path, (name, 8): quantised(path)}
+        named = {f"{name} {bits}": model for (name, bits), model in models.items()}
+        timings = dict(zip(models, time_networks(named, runs=runs).values(), strict=True))
+    fit = [
+        as_measurements(chains, {name: timings[name, bits] for name in chains}, bits=bits)
+        for bits in PRECISIONS
     ]
-    whole = {(name, 32): timings[name].network_ms for name in HELD_OUT}
-    return as_measurements(chains, timings, bits=32), Measurements(tuple(held_out), whole)
+    held_out = [
+        Measurement(name, replace(layer, bits=Bits(bits, bits)), latency)
+        for bits in PRECISIONS
+        for name, graph in graphs.items()
+        for layer, latency in zip(
+            graph.layers, in_order(graph.layers, timings[name, bits], nodes[name]), strict=True
+        )
+    ]
+    whole = {(name, bits): timings[name, bits].network_ms for name in HELD_OUT for bits in PRECISIONS}
+    layers = tuple(layer for part in fit for layer in part.layers)
+    networks = {key: latency for part in fit for key, latency in part.networks.items()}
+    return Measurements(layers, networks), Measurements(tuple(held_out), whole)
 
 
 def roofline(table: LayerTable, measured_ms: Floats) -> Predictor:
@@ -104,9 +158,10 @@ def proportional(table: LayerTable, measured_ms: Floats) -> Predictor:
     return lambda table: np.asarray(table.macs * ms_per_mac, dtype=np.float64)
 
 
-def predictors(model: Measured, fit: Measurements) -> dict[str, Predictor]:
-    table = LayerTable.of([m.layer for m in fit.layers])
-    measured = np.array([m.latency_ms for m in fit.layers])
+def predictors(model: Measured, fit: Measurements, bits: int) -> dict[str, Predictor]:
+    rows = [m for m in fit.layers if m.layer.bits.weight == bits]
+    table = LayerTable.of([m.layer for m in rows])
+    measured = np.array([m.latency_ms for m in rows])
     return {
         "ours": lambda table: np.asarray(model.layer_costs(table).extra["kernel_ms"]),
         "four-constant roofline": roofline(table, measured),
@@ -114,24 +169,30 @@ def predictors(model: Measured, fit: Measurements) -> dict[str, Predictor]:
     }
 
 
-def compare(model: Measured, fit: Measurements, held_out: Measurements) -> list[dict[str, object]]:
-    """One row per predictor and network, and one for all networks together."""
-    rows: list[dict[str, object]] = []
-    for name, predict in predictors(model, fit).items():
-        every, totals = [], []
-        for network in dict.fromkeys(m.network for m in held_out.layers):
-            here = [m for m in held_out.layers if m.network == network]
-            table = LayerTable.of([m.layer for m in here])
-            errors = np.abs(predict(table) / np.array([m.latency_ms for m in here]) - 1)
-            between = model.layer_costs(table).extra["between_ms"].sum()
-            whole = held_out.networks[network, 32]
-            total = float((predict(table).sum() + between) / whole - 1)
-            every += list(errors)
-            totals.append(abs(total))
-            figures = (len(here), f"{whole:.3f}", f"{np.median(errors):.1%}", f"{total:+.1%}")
-            rows.append(dict(zip(COLUMNS, (name, network, *figures), strict=True)))
-        figures = (len(every), "", f"{np.median(every):.1%}", f"{np.median(totals):.1%}")
-        rows.append(dict(zip(COLUMNS, (name, "all (median)", *figures), strict=True)))
+def compare(model: Measured, fit: Measurements, held_out: Measurements) -> Iterator[dict[str, object]]:
+    """One row per precision, predictor and network, and one for all networks together."""
+    for bits in sorted({m.layer.bits.weight for m in held_out.layers}, reverse=True):
+        for name, predict in predictors(model, fit, bits).items():
+            every, totals = [], []
+            for network, rows in by_network(held_out, bits).items():
+                table = LayerTable.of([m.layer for m in rows])
+                errors = np.abs(predict(table) / np.array([m.latency_ms for m in rows]) - 1)
+                between = model.layer_costs(table).extra["between_ms"].sum()
+                whole = held_out.networks[network, bits]
+                total = float((predict(table).sum() + between) / whole - 1)
+                every += list(errors)
+                totals.append(abs(total))
+                figures = (len(rows), f"{whole:.3f}", f"{np.median(errors):.1%}", f"{total:+.1%}")
+                yield dict(zip(COLUMNS, (name, bits, network, *figures), strict=True))
+            figures = (len(every), "", f"{np.median(every):.1%}", f"{np.median(totals):.1%}")
+            yield dict(zip(COLUMNS, (name, bits, "all (median)", *figures), strict=True))
+
+
+def by_network(measurements: Measurements, bits: int) -> Mapping[str, list[Measurement]]:
+    rows: dict[str, list[Measurement]] = {}
+    for m in measurements.layers:
+        if m.layer.bits.weight == bits:
+            rows.setdefault(m.network, []).append(m)
     return rows
 
 
@@ -144,8 +205,12 @@ def main() -> None:
     torch.set_num_threads(1)
     fit, held_out = measure(given.networks, given.runs)
     about = describe_machine(threads=1)
+    if given.save:
+        source = f"benchmarks/this_cpu.py. {about} Layers by its profiler, networks by CPU time."
+        write_measurements(fit, given.save / "this_cpu_fit.csv", source=source)
+        write_measurements(held_out, given.save / "this_cpu_held_out.csv", source=source)
     profile = fit_profile(fit, name="this-cpu", about=about)
-    rows = compare(profile.model, fit, held_out)
+    rows = list(compare(profile.model, fit, held_out))
     print(about)
     print(f"error on the profile's own networks, left out one by one: {dict(profile.model.held_out_error)}")
     print("  ".join(f"{name:>22}" for name in COLUMNS))
@@ -153,13 +218,9 @@ def main() -> None:
         print("  ".join(f"{value!s:>22}" for value in line.values()))
     name = f"this-cpu-{platform.machine()}-torch{torch.__version__.split('+')[0]}.csv"
     with (Path(__file__).parent / "results" / name).open("w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS)
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-    if given.save:
-        source = f"benchmarks/this_cpu.py. {about} Layers by its profiler, networks by CPU time, float."
-        write_measurements(fit, given.save / "this_cpu_fit.csv", source=source)
-        write_measurements(held_out, given.save / "this_cpu_held_out.csv", source=source)
 
 
 if __name__ == "__main__":

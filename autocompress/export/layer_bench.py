@@ -12,7 +12,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ _OPSET = 18
 _ACT_SCALE = np.float32(0.0235)
 _WARM_UP_ROUNDS = 3  # the first runs allocate memory and pack weights
 _CLEAN_SHARE = 0.97  # of a run's wall time that must be CPU time of this process
-_FEWEST_CLEAN = 8
+_FEWEST = 4  # times of a layer that are averaged
+_UNDISTURBED_MS = 2.0  # shorter layers often run between two interruptions: Linux gives 3 ms and more at once
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,15 @@ class Timing:
         layer_ms: of each convolution or linear layer, in the order in which they ran.
         windows: kernel and output size of each float convolution, (height, width, height, width); empty for
             other layers. The runtime may swap parallel branches: these tell them apart.
-        clean_share: share of the wall time of the runs that count in which this process had the CPU.
+        names: of each layer in the runtime. Those of a chain contain ``layer`` and its number; other int8
+            layers start with their name in the model.
+        clean_share: mean share of a run's wall time in which this process had the CPU.
     """
 
     network_ms: float
     layer_ms: tuple[float, ...]
     windows: tuple[tuple[int, ...], ...]
+    names: tuple[str, ...]
     clean_share: float
 
 
@@ -60,18 +64,22 @@ class Timing:
 class Chain:
     """Layers that run one after the other.
 
-    Where the next layer reads fewer pixels, a 2 x 2 maximum pooling stands between; in front of a linear
-    layer the map is flattened, after a global average pooling unless the layer reads every pixel.
+    Where a layer reads fewer pixels than were written, a 2 x 2 maximum pooling stands between; in front of a
+    linear layer the map is flattened, after a global average pooling unless the layer reads every pixel.
 
     Args:
-        layers: not transposed; each must fit the one before.
+        layers: not transposed; each must fit what it reads.
         inverted: a ReLU6 after each layer but none after 1 x 1 convolutions with fewer outputs than inputs,
             as in MobileNetV2; otherwise a ReLU after each. ONNX Runtime runs ReLU within a convolution, but
             ReLU6 as one more pass over its output. The last layer has none.
+        reads: layer -> layers whose outputs it reads, concatenated; others read the one before.
+        adds: layer -> earlier layer whose output is added to its own before the activation.
     """
 
     layers: tuple[LayerSpec, ...]
     inverted: bool = False
+    reads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    adds: Mapping[int, int] = field(default_factory=dict)
 
 
 def chain_model(chain: Chain, *, bits: int = 32) -> bytes:
@@ -92,10 +100,17 @@ def chain_model(chain: Chain, *, bits: int = 32) -> bytes:
     graph = _Graph(quantised=bits == 8, inverted=chain.inverted, last=layers[-1])
     first = layers[0]
     shape = [1, first.in_channels] + ([] if first.kind == "linear" else list(first.in_hw))
-    value = graph.quantise("images", zero_point=128)
+    written = [graph.quantise("images", zero_point=128)]  # by the image, then by each layer
     for index, layer in enumerate(layers):
-        value = graph.bridge(value, layers[index - 1] if index else None, layer)
-        value = graph.layer(value, layer, f"layer{index}")
+        sources = chain.reads.get(index, (index - 1,))
+        value = graph.joined([written[source + 1] for source in sources])
+        value = graph.bridge(value, layers[sources[0]] if index else None, layer)
+        added = chain.adds.get(index)
+        if added is not None:
+            size = replace(layer, in_hw=layer.out_hw, kind="conv")
+            added_value = graph.bridge(written[added + 1], layers[added], size)
+        written.append(graph.layer(value, layer, index, None if added is None else added_value))
+    value = written[-1]
     proto = onnx.helper.make_graph(
         graph.nodes,
         "chain",
@@ -120,11 +135,12 @@ class _Graph:
     nodes: list[Any] = field(default_factory=list)
     constants: list[Any] = field(default_factory=list)
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    halves: dict[str, str] = field(default_factory=dict)
 
-    def node(self, operator: str, inputs: Sequence[str], **attributes: Any) -> str:
+    def node(self, operator: str, inputs: Sequence[str], name: str = "", **attributes: Any) -> str:
         import onnx
 
-        name = f"{operator}_{len(self.nodes)}"
+        name = name or f"{operator}_{len(self.nodes)}"
         self.nodes.append(onnx.helper.make_node(operator, list(inputs), [name], name=name, **attributes))
         return name
 
@@ -164,30 +180,43 @@ class _Graph:
         return self.halve(value)
 
     def halve(self, value: str) -> str:
-        return self.quantise(self.node("MaxPool", [value], kernel_shape=[2, 2], strides=[2, 2]))
+        """Pooled once, however many read it."""
+        if value not in self.halves:
+            pooled = self.node("MaxPool", [value], kernel_shape=[2, 2], strides=[2, 2])
+            self.halves[value] = self.quantise(pooled)
+        return self.halves[value]
 
-    def layer(self, value: str, layer: LayerSpec, name: str) -> str:
+    def joined(self, values: Sequence[str]) -> str:
+        if len(values) == 1:
+            return values[0]
+        return self.quantise(self.node("Concat", values, axis=1))
+
+    def layer(self, value: str, layer: LayerSpec, index: int, added: str | None) -> str:
+        """A layer; the runtime's name for it starts with ``layer`` and its index."""
         fan_in = layer.kernel_weights // layer.out_channels
         window = layer.kernel if layer.kind == "conv" else ()
         shape = (layer.out_channels, layer.in_channels // layer.groups, *window)
         weights = self.rng.standard_normal(shape, dtype=np.float32) / np.float32(math.sqrt(fan_in))
         inputs = [value, *self.parameters(weights)]
+        name = f"layer{index}"
         if layer.kind == "linear":
-            value = self.node("Gemm", inputs, transB=1)
+            value = self.node("Gemm", inputs, f"{name}_", transB=1)
         else:
             sizes = {"kernel_shape": layer.kernel, "strides": layer.stride, "pads": _pads(layer)}
-            value = self.node("Conv", inputs, group=layer.groups, **sizes)
-        self.nodes[-1].name = name
-        return self.quantise(self.activation(value, layer))
+            value = self.node("Conv", inputs, f"{name}_", group=layer.groups, **sizes)
+        if added is not None:
+            value = self.node("Add", [self.quantise(value, zero_point=128), added], f"{name}_sum")
+        return self.quantise(self.activation(value, layer, f"{name}_out"))
 
-    def activation(self, value: str, layer: LayerSpec) -> str:
+    def activation(self, value: str, layer: LayerSpec, name: str) -> str:
         if layer is self.last:
             return value
         if not self.inverted:
-            return self.node("Relu", [value])
+            return self.node("Relu", [value], name)
         if layer.kind == "conv" and layer.kernel == (1, 1) and layer.out_channels < layer.in_channels:
             return value
-        return self.node("Clip", [value, *(self.constant(np.array(bound, np.float32)) for bound in (0, 6))])
+        bounds = [self.constant(np.array(bound, np.float32)) for bound in (0, 6)]
+        return self.node("Clip", [value, *bounds], name)
 
     def parameters(self, weights: NDArray[np.float32]) -> list[str]:
         """Weights and biases; at 8 bits one weight scale per output channel and biases of 32 bits."""
@@ -225,9 +254,11 @@ def time_networks(
 ) -> dict[str, Timing]:
     """Time ONNX models at batch 1, as wholes and layer by layer.
 
-    The models take turns within one loop, because a machine's speed drifts. With one thread, wall time is
-    compared with the CPU time of this process, and the runs that others interrupted least count; of these
-    the faster half, averaged.
+    The models take turns within one loop, because a machine's speed drifts. Networks are timed by the CPU
+    time of this process where there is one thread, layers by the wall time of the runtime's profiler, and of
+    each the faster half is averaged. Where others use the CPU too, fewer times of a layer are: as many as
+    half the clean runs, but at least 4. A layer so long that it is never left alone is given its run's share
+    of the CPU.
 
     Args:
         models: name -> ONNX file, or its bytes.
@@ -293,32 +324,44 @@ class _Bench:
         wall, cpu = (np.array(times[_WARM_UP_ROUNDS:]) for times in (self.wall_ms, self.cpu_ms))
         return np.minimum(cpu / wall, 1.0) if self.threads == 1 else np.ones_like(wall)
 
-    def clean(self) -> NDArray[np.int64]:
-        """Numbers of the runs that count: all clean ones, or the cleanest few."""
-        shares = self.shares()
-        enough = max(int((shares >= _CLEAN_SHARE).sum()), min(_FEWEST_CLEAN, len(shares)))
-        return np.argsort(-shares, kind="stable")[:enough].astype(np.int64)
-
 
 def _timing(plain: _Bench, traced: _Bench) -> Timing:
-    events, windows = _layer_events(Path(traced.session.end_profiling()))
+    events, windows, names = _layer_events(Path(traced.session.end_profiling()))
     durations = np.array(events[_WARM_UP_ROUNDS:]) / 1e3
     # CPU time of a whole run is exact even when others interrupted it; the profile has wall time only.
     network = np.array((plain.cpu_ms if plain.threads == 1 else plain.wall_ms)[_WARM_UP_ROUNDS:])
-    layers = durations[traced.clean()]
-    share = float(traced.shares()[traced.clean()].mean())
+    shares = traced.shares()
+    layers = undisturbed_ms(durations, shares)
     return Timing(
-        float(_faster_half(network[:, None])[0]), tuple(map(float, _faster_half(layers))), windows, share
+        float(_fastest(network[:, None], max(1, len(network) // 2))[0]),
+        tuple(map(float, layers)),
+        windows,
+        names,
+        float(shares.mean()),
     )
 
 
-def _faster_half(times: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean of the smaller half of each column: steadier than the minimum, blind to outliers."""
-    return np.asarray(np.sort(times, axis=0)[: max(1, len(times) // 2)].mean(axis=0))
+def undisturbed_ms(durations: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What each layer takes when nobody else uses the CPU, shape (layers,).
+
+    Args:
+        durations: wall time in each run, shape (runs, layers), in milliseconds.
+        shares: CPU time over wall time of each run, shape (runs,).
+    """
+    num_clean = int((shares >= _CLEAN_SHARE).sum())
+    # An interruption hits few layers of a run; the others are as good as those of a clean run.
+    layers = _fastest(durations, max(_FEWEST, num_clean // 2))
+    shared = np.median(durations * shares[:, None], axis=0)
+    return np.where(layers > _UNDISTURBED_MS, np.minimum(layers, shared), layers)
 
 
-def _layer_events(profile: Path) -> tuple[list[list[float]], tuple[tuple[int, ...], ...]]:
-    """Microseconds of every layer in every run, and the layers' windows."""
+def _fastest(times: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """Mean of the smallest times of each column: steadier than the minimum, blind to outliers."""
+    return np.asarray(np.sort(times, axis=0)[:count].mean(axis=0))
+
+
+def _layer_events(profile: Path) -> tuple[list[list[float]], tuple[tuple[int, ...], ...], tuple[str, ...]]:
+    """Microseconds of every layer in every run, and the layers' windows and names."""
     runs: list[list[float]] = []
     layers: list[Mapping[str, Any]] = []
     # Events stand in the order in which they ended: a run's nodes, then the run itself.
@@ -328,8 +371,9 @@ def _layer_events(profile: Path) -> tuple[list[list[float]], tuple[tuple[int, ..
         elif event.get("name") == "model_run":
             runs.append([float(layer["dur"]) for layer in layers])
             windows = tuple(_window(layer["args"]) for layer in layers)
+            names = tuple(str(layer["name"]).removesuffix("_kernel_time") for layer in layers)
             layers = []
-    return runs, windows
+    return runs, windows, names
 
 
 def _window(args: Mapping[str, Any]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from autocompress.core.cost import Cost, Metric
 from autocompress.core.errors import InfeasibleBudgetError
 from autocompress.core.graph import LayerGraph
+from autocompress.hardware_sim.energy import HOROWITZ, on_chip_pj, with_rest
 from autocompress.hardware_sim.model import HardwareModel, LayerCosts, UnsupportedLayerError, refuse
 from autocompress.hardware_sim.table import Floats, Ints, LayerTable, ceil_div
 
@@ -30,6 +31,8 @@ class BinaryDataflow(HardwareModel):
     the slowest layer is as fast as possible, with any whole number of lanes per layer; ``latency_ms`` is
     then the interval between images, whatever the batch. :func:`balance` gives lanes as (UF, P) that divide
     the layer's sizes. An activation of ``b`` bits counts as ``b`` bit planes, each with lanes of its own.
+    Energy is the board's power times the interval, shared among the layers by their products; ``rest`` is
+    what it takes beyond arithmetic and block RAM as a table prices them.
 
     Source: Li et al., "A GPU-Outperforming FPGA Accelerator Architecture for Binary Convolutional Neural
     Networks", arXiv 1702.06392, JETC 14(2) 2018. Differs from the paper in that lanes come from the LUT
@@ -52,7 +55,7 @@ class BinaryDataflow(HardwareModel):
     kind: ClassVar[str] = "binary_dataflow"
     metrics: ClassVar[tuple[Metric, ...]] = ("latency_ms", "energy_mj")
     mapping: ClassVar[str] = "streaming pipeline; UF x P XNOR lanes per layer, balanced within the LUTs"
-    energy_table: ClassVar[str] = "board power times time"
+    energy_table: ClassVar[str] = f"board power times time; of it arithmetic and block RAM by {HOROWITZ}"
     additive: ClassVar[bool] = False
 
     name: str
@@ -111,10 +114,10 @@ class BinaryDataflow(HardwareModel):
         seconds = cycles * self.pipeline_overhead / (self.clock_mhz * 1e6)
         stage = ceil_div(work, lanes)
         share = work / work.sum(axis=1, keepdims=True)
-        board_pj = share * (1e12 * self.power_w * seconds)[:, None]
+        board_pj = np.asarray(share * (1e12 * self.power_w * seconds)[:, None]).ravel()
         return LayerCosts(
             latency_ms=np.asarray(stage * self.pipeline_overhead / (self.clock_mhz * 1e3)).ravel(),
-            energy_pj={"board": np.asarray(board_pj).ravel()},
+            energy_pj=with_rest(on_chip_pj(table), board_pj),
             utilisation=(work / (lanes * cycles[:, None] * self.pipeline_overhead)).ravel(),
             memory_bound=np.zeros(len(table), dtype=np.bool_),
             extra={

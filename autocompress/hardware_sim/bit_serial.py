@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,8 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.core.cost import Metric
+from autocompress.hardware_sim.energy import (
+    BRAM18_KIB,
+    DRAM_PJ_PER_BIT,
+    HOROWITZ,
+    mac_pj,
+    sram_pj_per_bit,
+    with_rest,
+)
 from autocompress.hardware_sim.model import HardwareModel, LayerCosts, refuse
-from autocompress.hardware_sim.table import LayerTable
+from autocompress.hardware_sim.table import Floats, LayerTable
 
 # BISMO.scala estimateResources: one dot-product unit takes 1.17 LUTs per bit of its width and 44.1 more,
 # its accumulator and result register 120.1.
@@ -53,8 +62,9 @@ class BitSerial(HardwareModel):
 
     Source: Umuroglu et al., "BISMO", FPL 2018, and its cost model (EECS-NTNU/bismo, BISMO.scala); memory
     terms and the sharing of words fitted to the latency table of Wang et al., "HAQ", CVPR 2019. Differs from
-    them: energy is board power times time, as no energy per operation is published; results leaving the
-    array and instruction overheads are not counted.
+    them: results leaving the array and instruction overheads are not counted. Energy is board power times
+    time, as no energy per operation is published; ``rest`` is what it takes beyond arithmetic, operands read
+    from the array's buffers and DRAM traffic as a table of other circuits prices them.
     """
 
     kind: ClassVar[str] = "bit_serial"
@@ -62,7 +72,9 @@ class BitSerial(HardwareModel):
     mapping: ClassVar[str] = (
         "im2col: positions of one sample along rows, output channels along columns, window along depth"
     )
-    energy_table: ClassVar[str] = "board power times time (upper bounds stated for the boards)"
+    energy_table: ClassVar[str] = (
+        f"board power (an upper bound) times time; of it arithmetic, buffers and DRAM by {HOROWITZ}"
+    )
 
     name: str
     rows: int
@@ -123,7 +135,7 @@ class BitSerial(HardwareModel):
         peak = self.rows * self.depth * self.columns * cycles
         return LayerCosts(
             latency_ms=latency,
-            energy_pj={"board": self.board_w * latency * 1e9},
+            energy_pj=with_rest(self._table_energy(table, extra), self.board_w * latency * 1e9),
             utilisation=table.macs * table.weight_bits * table.act_bits / peak,
             memory_bound=cycles > extra["compute_cycles"],
             extra=extra | {"cycles": cycles},
@@ -133,6 +145,16 @@ class BitSerial(HardwareModel):
     def resources(self) -> dict[Metric, float]:
         """Of the array, whatever runs on it."""
         return {"luts": self.luts, "brams": self.brams}
+
+    def _table_energy(self, table: LayerTable, cycles: Mapping[str, Floats]) -> dict[str, Floats]:
+        """Picojoules per sample of what the energy table prices; cycles per sample."""
+        moved = (cycles["act_cycles"] + cycles["weight_cycles"]) * self.dram_bits_per_cycle
+        operands = cycles["compute_cycles"] * ((self.rows + self.columns) * self.depth)
+        return {
+            "mac": table.macs * mac_pj(table.weight_bits, table.act_bits),
+            "buffer": (operands + moved) * sram_pj_per_bit(2 * BRAM18_KIB),
+            "dram": moved * DRAM_PJ_PER_BIT,
+        }
 
     def _share_words(
         self, table: LayerTable, taps: NDArray[np.int64]

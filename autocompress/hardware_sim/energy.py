@@ -9,11 +9,12 @@ energies serve to compare designs priced with one table, never as absolute figur
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from autocompress.hardware_sim.table import Floats
+from autocompress.hardware_sim.table import Floats, LayerTable
 
 HOROWITZ = "Horowitz ISSCC 2014, 45 nm"
 """Name of the table, for ``energy_table`` of the models that use it."""
@@ -27,6 +28,8 @@ SRAM_PJ_PER_64_BITS = {8.0: 10.0, 32.0: 20.0, 1024.0: 100.0}
 """KiB -> pJ per 64-bit access; 32 KiB and 1 MiB as quoted by SASiML (Orosa et al., EcoFlow, 2022)."""
 DRAM_PJ_PER_BIT = 640.0 / 32
 """640 pJ per 32-bit access, the low end of the talk's 1.3 to 2.6 nJ per 64 bits."""
+BRAM18_KIB = 18 / 8
+"""A block RAM of Xilinx FPGAs, taken for an SRAM of its size."""
 
 _SIDE_PRODUCT_EXPONENT = math.log(INT_MULT_PJ[32] / INT_MULT_PJ[8]) / math.log((32 * 32) / (8 * 8))
 
@@ -66,3 +69,31 @@ def sram_pj_per_bit(capacity_kib: float) -> float:
     low, high = points[:2] if capacity_kib <= points[1][0] else points[-2:]
     exponent = math.log(high[1] / low[1]) / math.log(high[0] / low[0])
     return low[1] / 64 * math.pow(capacity_kib / low[0], exponent)
+
+
+def on_chip_pj(table: LayerTable) -> dict[str, Floats]:
+    """Energy of layers whose weights and activations stay in block RAMs: component -> pJ per sample.
+
+    Every weight is read for every product, every window read once and every input pixel written once.
+    """
+    macs = table.macs.astype(np.float64)
+    per_bit = sram_pj_per_bit(BRAM18_KIB)
+    window = table.out_h * table.out_w * table.kernel_h * table.kernel_w * table.in_channels
+    stored = table.in_h * table.in_w * table.in_channels
+    return {
+        "mac": macs * mac_pj(table.weight_bits, table.act_bits),
+        "weight_bram": np.asarray(macs * table.weight_bits * per_bit),
+        "act_bram": (window + stored).astype(np.float64) * table.act_bits * per_bit,
+    }
+
+
+def with_rest(parts: Mapping[str, Floats], board_pj: Floats) -> dict[str, Floats]:
+    """Components of a board's energy: those a table prices, and ``rest``, what the board takes beyond them.
+
+    The rest is clocks, leakage, host and whatever programmable logic takes more than the table's circuits.
+
+    Args:
+        parts: component -> pJ.
+        board_pj: power times time.
+    """
+    return {**parts, "rest": np.maximum(0.0, board_pj - sum(parts.values()))}

@@ -10,7 +10,7 @@ import numpy as np
 
 from autocompress.core.cost import Metric
 from autocompress.core.graph import LayerGraph
-from autocompress.hardware_sim.energy import HOROWITZ, mac_pj, sram_pj_per_bit
+from autocompress.hardware_sim.energy import HOROWITZ, on_chip_pj
 from autocompress.hardware_sim.finn_folding import (
     WIDEST_STREAM_BITS,
     Folding,
@@ -25,7 +25,6 @@ from autocompress.hardware_sim.table import Floats, Ints, LayerTable, ceil_div
 
 MAX_BITS = 8
 """FINN's MVAU_rtl takes up to 8 bits, and a wider activation needs more than 255 thresholds per channel."""
-BRAM18_KIB = 18 / 8
 PLANS_AT_ONCE = 4096
 """Networks fitted together; bounds the memory of large batches."""
 
@@ -210,7 +209,8 @@ class FinnDataflow(HardwareModel):
         pe, simd = (lanes[row, rung] for lanes in _lanes(distinct))
         return LayerCosts(
             latency_ms=cycles / (self.clock_mhz * 1e3),
-            energy_pj=_energy(table),
+            # Images enter and results leave by DRAM, which is not attributed to a layer.
+            energy_pj=on_chip_pj(table),
             utilisation=table.macs / (interval * pe * simd),
             memory_bound=np.zeros(len(table), dtype=np.bool_),
             extra={
@@ -346,19 +346,3 @@ def _distinct(table: LayerTable) -> tuple[LayerTable, Ints]:
         key, room = key * span + column, room * span
     _, first, row = np.unique(key, return_index=True, return_inverse=True)
     return table.take(first), row
-
-
-def _energy(table: LayerTable) -> dict[str, Floats]:
-    """Every weight is read for every pixel; every window is read once and every input pixel written once.
-
-    Images enter and results leave by DRAM, which is not attributed to a layer.
-    """
-    macs = table.macs.astype(np.float64)
-    per_bit = sram_pj_per_bit(BRAM18_KIB)
-    window = table.out_h * table.out_w * table.kernel_h * table.kernel_w * table.in_channels
-    stored = table.in_h * table.in_w * table.in_channels
-    return {
-        "mac": macs * mac_pj(table.weight_bits, table.act_bits),
-        "weight_bram": np.asarray(macs * table.weight_bits * per_bit),
-        "act_bram": (window + stored).astype(np.float64) * table.act_bits * per_bit,
-    }

@@ -14,14 +14,17 @@ from autocompress.core.cost import Metric
 from autocompress.hardware_sim.model import HardwareModel, LayerCosts, refuse
 from autocompress.hardware_sim.table import Floats, Ints, LayerTable
 
-KINDS = ("dense", "pointwise", "depthwise", "grouped", "linear")
-"""Layers whose times follow different constants; ``linear`` is one token, more are like ``pointwise``."""
+KINDS = ("stem", "dense", "pointwise", "depthwise", "grouped", "linear")
+"""Layers whose times follow different constants. ``stem`` has at most three input channels, as on images;
+``linear`` is one token, more are like ``pointwise``."""
+STEM_CHANNELS = 3
 
 TERMS = (
     "layer",
     "pixels",
     "window_values",
     "padded_macs",
+    "gemm_macs",
     "edge_macs",
     "padded_outputs",
     "input_bytes",
@@ -41,7 +44,8 @@ _CELL = Mapping[str, float]
 
 def kinds(table: LayerTable) -> NDArray[np.str_]:
     """The kind of every layer, one of :data:`KINDS`."""
-    conv = np.where(table.kernel_h * table.kernel_w == 1, "pointwise", "dense")
+    full = np.where(table.in_channels <= STEM_CHANNELS, "stem", "dense")
+    conv = np.where(table.kernel_h * table.kernel_w == 1, "pointwise", full)
     conv = np.where(table.depthwise, "depthwise", np.where(table.groups > 1, "grouped", conv))
     tokens = table.out_h * table.out_w
     return np.asarray(np.where(table.linear == 1, np.where(tokens == 1, "linear", "pointwise"), conv))
@@ -70,6 +74,8 @@ def terms(table: LayerTable, *, bits: int, batch: int = 1) -> Floats:
         "pixels": pixels,
         "window_values": pixels * window * table.groups,
         "padded_macs": weights * pixels,
+        # int8 convolutions are matrix products: only output channels come in blocks.
+        "gemm_macs": table.in_channels * outputs * window * pixels,
         # Windows that reach over the left or right edge are computed one by one.
         "edge_macs": weights * row_edge,
         "padded_outputs": groups * outputs * pixels,
@@ -100,7 +106,8 @@ class Measured(HardwareModel):
 
     A layer takes the sum of its terms times constants that are not negative, so that a larger layer is never
     cheaper. It runs at the narrowest measured precision that holds its bits, or at a wider one where that is
-    faster. A layer with groups is never cheaper than one of its groups alone. Operations between layers are
+    faster. A layer with groups is never cheaper than one of its groups alone, a dense one never cheaper than
+    a stem of its size; where no stems were measured they are dense layers. Operations between layers are
     charged by the bytes each layer writes. For batches above 1, layers are extrapolated: weights are read
     once, everything else grows with the batch.
 
@@ -155,11 +162,10 @@ class Measured(HardwareModel):
 
     def _at(self, table: LayerTable, bits: int) -> Floats:
         """Nanoseconds per sample within layers, of these in memory, and between layers: shape (3, N)."""
-        values, kind = terms(table, bits=bits, batch=self.batch), kinds(table)
-        kernel = self._sum(values, kind, bits, TERMS)
-        memory = self._sum(values, kind, bits, MEMORY_TERMS)
-        part = _smallest_part(table)
-        alone = self._sum(terms(part, bits=bits, batch=self.batch), kinds(part), bits, TERMS)
+        values = terms(table, bits=bits, batch=self.batch)
+        kernel = self._kernel(table, bits)
+        memory = self._sum(values, kinds(table), bits, MEMORY_TERMS)
+        alone = self._kernel(_smallest_part(table), bits)
         kernel = np.where(np.isfinite(alone), np.maximum(kernel, alone), kernel)
         constants = self.between_ns_per.get(bits, {})
         between = sum(
@@ -167,12 +173,24 @@ class Measured(HardwareModel):
         )
         return np.stack([kernel, memory, between]) / self.batch
 
+    def _kernel(self, table: LayerTable, bits: int) -> Floats:
+        """Nanoseconds within layers for the batch, before groups are compared with one of them."""
+        kind = kinds(table)
+        kernel = self._sum(terms(table, bits=bits, batch=self.batch), kind, bits, TERMS)
+        few = np.minimum(table.in_channels, np.where(kind == "dense", STEM_CHANNELS, table.in_channels))
+        stems = replace(table, in_channels=few)
+        stem = self._sum(terms(stems, bits=bits, batch=self.batch), kinds(stems), bits, TERMS)
+        return np.where(np.isfinite(stem), np.maximum(kernel, stem), kernel)
+
     def _sum(self, values: Floats, kind: NDArray[np.str_], bits: int, counted: tuple[str, ...]) -> Floats:
         """The counted terms' nanoseconds for the batch; infinite where the kind was not measured."""
         total = np.full(len(values), np.inf)
-        for name, cell in self.ns_per[bits].items():
-            constants = np.array([cell.get(term, 0.0) if term in counted else 0.0 for term in TERMS])
-            total[kind == name] = values[kind == name] @ constants
+        cells = self.ns_per[bits]
+        for name in KINDS:
+            cell = cells.get(name, cells.get("dense") if name == "stem" else None)
+            if cell is not None:
+                constants = np.array([cell.get(term, 0.0) if term in counted else 0.0 for term in TERMS])
+                total[kind == name] = values[kind == name] @ constants
         return total
 
     def _check(self, table: LayerTable, needed: Ints) -> None:
@@ -180,6 +198,7 @@ class Measured(HardwareModel):
         known = {
             name: max((b for b, cells in self.ns_per.items() if name in cells), default=0) for name in KINDS
         }
+        known["stem"] = max(known["stem"], known["dense"])
         refuse(
             (table.transposed == 1, f"transposed convolutions were not measured on {self.name}"),
             *(
@@ -211,8 +230,8 @@ def _smallest_part(table: LayerTable) -> LayerTable:
 
 def _fastest(cells: Mapping[str, _CELL]) -> float:
     """Nanoseconds per multiply-accumulate of the kind that has the fewest; 0 when none has any."""
-    costs = [cell["padded_macs"] for cell in cells.values() if cell.get("padded_macs", 0.0) > 0]
-    return min(costs, default=0.0)
+    costs = [cell.get("padded_macs", 0.0) + cell.get("gemm_macs", 0.0) for cell in cells.values()]
+    return min((cost for cost in costs if cost > 0), default=0.0)
 
 
 def _faults(ns_per: Any, between_ns_per: Any, held_out_error: Any) -> list[str]:

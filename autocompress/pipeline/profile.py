@@ -108,13 +108,15 @@ def as_measurements(chains: Mapping[str, Chain], timings: Mapping[str, Timing], 
     return Measurements(tuple(layers), {(name, bits): timings[name].network_ms for name in chains})
 
 
-def _latencies(timing: Timing, num_layers: int, name: str) -> tuple[float, ...]:
-    if len(timing.layer_ms) != num_layers:
+def _latencies(timing: Timing, num_layers: int, name: str) -> list[float]:
+    """Times in the order of the layers; the runtime swaps parallel branches."""
+    numbers = [int(found[1]) for found in map(re.compile(r"layer(\d+)_").search, timing.names) if found]
+    if sorted(numbers) != list(range(num_layers)) or len(timing.layer_ms) != num_layers:
         raise ExportError(
             f"ONNX Runtime ran {len(timing.layer_ms)} layers of {name}, which has {num_layers}; "
             "its graph optimisations differ from the ones this measurement knows: use another version"
         )
-    return timing.layer_ms
+    return [timing.layer_ms[place] for place in np.argsort(numbers)]
 
 
 def fit_profile(measurements: Measurements, *, name: str, about: str) -> Profile:
@@ -155,9 +157,12 @@ class _Table:
         names = list(dict.fromkeys(row.network for row in rows))
         layers = LayerTable.of([row.layer for row in rows])
         whole = [measurements.networks.get((name, bits), np.nan) for name in names]
+        kind = kinds(layers)
+        if 0 < (kind == "stem").sum() < _FEWEST_ROWS:
+            kind = np.where(kind == "stem", "dense", kind)
         return cls(
             terms(layers, bits=bits),
-            kinds(layers),
+            kind,
             np.array([row.latency_ms for row in rows]) * 1e6,
             np.array([names.index(row.network) for row in rows], dtype=np.int64),
             np.array(whole, dtype=np.float64) * 1e6,

@@ -15,11 +15,21 @@ _SIZES = (96, 112, 128, 160, 176, 192, 208, 224)
 
 @dataclass
 class _Walk:
-    """Layers appended one after the other; ``channels`` and ``size`` are those of the last output."""
+    """Layers appended one after the other; ``channels`` and ``size`` are what the next one reads.
+
+    ``reads`` and ``adds`` are those of :class:`.Chain`.
+    """
 
     channels: int
     size: int
     layers: list[LayerSpec] = field(default_factory=list)
+    reads: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    adds: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def last(self) -> int:
+        """Number of the last layer."""
+        return len(self.layers) - 1
 
     def conv(self, out_channels: int, kernel: int = 1, *, stride: int = 1, groups: int = 1) -> None:
         after = -(-self.size // stride)
@@ -38,6 +48,18 @@ class _Walk:
             )
         )
         self.channels, self.size = out_channels, after
+
+    def block(self, convs: Callable[[], None], stride: int) -> None:
+        """Convolutions with a shortcut: nothing, or a 1 x 1 convolution where sizes change."""
+        source, channels, size = self.last, self.channels, self.size
+        convs()
+        if (channels, stride) != (self.channels, 1):
+            main, wide = self.last, self.channels
+            self.channels, self.size = channels, size
+            self.conv(wide, stride=stride)
+            self.reads[self.last] = (source,)
+            source = main
+        self.adds[self.last] = source
 
     def depthwise(self, kernel: int, stride: int) -> None:
         self.conv(self.channels, kernel, stride=stride, groups=self.channels)
@@ -79,8 +101,13 @@ def _basic(draw: Draw, walk: _Walk) -> None:
     walk.pool()
     for stage in range(4):
         for block in range(int(draw.integers(1, 3))):
-            walk.conv(min(width, 576), 3, stride=2 if stage and not block else 1)
-            walk.conv(min(width, 576), 3)
+            stride = 2 if stage and not block else 1
+
+            def convs(width: int = min(width, 576), stride: int = stride) -> None:
+                walk.conv(width, 3, stride=stride)
+                walk.conv(width, 3)
+
+            walk.block(convs, stride)
         width = _width(draw, 1.5 * width, 2.2 * width)
     walk.linear(1000)
 
@@ -91,11 +118,16 @@ def _bottleneck(draw: Draw, walk: _Walk) -> None:
     walk.conv(width, 3, stride=2)
     for stage in range(4):
         inner = min(width, 512)
+        outer = _width(draw, 2 * inner, 4 * inner)
         for block in range(int(draw.integers(1, 3))):
-            walk.conv(inner)
             stride = 1 if block else 2
-            walk.conv(inner, 3, stride=stride, groups=inner // per_group if per_group else 1)
-            walk.conv(_width(draw, 2 * inner, 4 * inner))
+
+            def convs(inner: int = inner, outer: int = outer, stride: int = stride) -> None:
+                walk.conv(inner)
+                walk.conv(inner, 3, stride=stride, groups=inner // per_group if per_group else 1)
+                walk.conv(outer)
+
+            walk.block(convs, stride)
         width = 2 * inner if stage % 2 else _width(draw, 1.5 * inner, 2 * inner, 32)
     walk.linear(1000)
 
@@ -106,9 +138,12 @@ def _inverted(draw: Draw, walk: _Walk) -> None:
     walk.conv(_width(draw, 16, 40), 3, stride=2)
     for stage in range(5):
         for block in range(int(draw.integers(1, 4))):
+            before = walk.last
             walk.conv(width * int(draw.choice([3, 4, 6])))
             walk.depthwise(kernel, 1 if block or not stage else 2)
             walk.conv(width)
+            if block:
+                walk.adds[walk.last] = before
         width = _width(draw, 1.3 * width, 2 * width)
     walk.conv(_width(draw, 640, 1536))
     walk.linear(1000)
@@ -127,14 +162,20 @@ def _separable(draw: Draw, walk: _Walk) -> None:
 
 
 def _fire(draw: Draw, walk: _Walk) -> None:
-    """SqueezeNet-like: few channels into many through 1 x 1 and 3 x 3 convolutions."""
+    """SqueezeNet-like: few channels into many through 1 x 1 and 3 x 3 convolutions side by side."""
     walk.conv(_width(draw, 40, 96), 3, stride=2)
     width = _width(draw, 12, 24, 4)
     while walk.size > 8:
         walk.pool()
         for _ in range(int(draw.integers(1, 4))):
             walk.conv(width)
-            walk.conv(_width(draw, 3 * width, 9 * width), 3 if draw.random() < 0.6 else 1)
+            squeezed = walk.last
+            walk.conv(_width(draw, 2 * width, 5 * width))
+            wide, walk.channels = walk.channels, width
+            walk.conv(_width(draw, 2 * width, 5 * width), 3)
+            walk.reads[walk.last] = (squeezed,)
+            walk.channels += wide
+            walk.reads[walk.last + 1] = (squeezed + 1, walk.last)
         width = _width(draw, 1.2 * width, 2 * width, 4)
     walk.conv(1000)
 
@@ -158,6 +199,6 @@ def measured_networks(num_networks: int, *, seed: int = 0) -> dict[str, Chain]:
         walk = _Walk(3, int(draw.choice(_SIZES)))
         family(draw, walk)
         networks[f"{family.__name__.strip('_')}{number}"] = Chain(
-            tuple(walk.layers), inverted=family in (_inverted, _separable)
+            tuple(walk.layers), family in (_inverted, _separable), walk.reads, walk.adds
         )
     return networks

@@ -22,6 +22,7 @@ from autocompress.hardware_sim.binary_dataflow import (
     titan_x_costs,
     xnor_popcount,
 )
+from autocompress.hardware_sim.energy import mac_pj, sram_pj_per_bit
 from autocompress.hardware_sim.target_file import load_target
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "binary_cnn_virtex7.csv"
@@ -215,6 +216,17 @@ def test_energy_is_power_times_interval_and_sums_over_layers() -> None:
     cost = model(graph)
     assert cost["energy_mj"] == pytest.approx(8.2 * cost["latency_ms"])
     assert sum(layer["energy_mj"] for layer in cost.layers.values()) == pytest.approx(cost["energy_mj"])
+
+
+def test_components_are_what_the_table_prices_and_the_rest_of_the_board() -> None:
+    model, graph = load_target("binary-virtex7-690t"), published_network()
+    table = LayerTable.of(graph.layers)
+    energy = model.layer_costs(table).energy_pj
+    assert energy["mac"].tolist() == pytest.approx((table.macs * mac_pj(1, table.act_bits)).tolist())
+    assert energy["weight_bram"].tolist() == pytest.approx((table.macs * sram_pj_per_bit(2.25)).tolist())
+    # The published design takes 8.2 W; the table's circuits would take an eighth of it.
+    table_mj = sum(part.sum() for name, part in energy.items() if name != "rest") * 1e-9
+    assert 0.05 < table_mj / model(graph)["energy_mj"] < 0.2
 
 
 def test_plans_priced_together_cost_what_each_costs_alone() -> None:

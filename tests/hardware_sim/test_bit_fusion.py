@@ -349,3 +349,30 @@ def test_bit_widths_that_do_not_halve_are_refused_in_a_target_file() -> None:
 
 def test_the_target_keeps_the_laws_of_cost_models(two_layers: LayerGraph) -> None:
     check_cost_model(load_target("bitfusion"), two_layers)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.builds(
+            lambda inputs, outputs, groups, size, kernel, w, a: conv(
+                inputs * groups, outputs * groups, size, kernel=kernel, groups=groups, bits=Bits(w, a)
+            ),
+            st.integers(1, 300),
+            st.integers(1, 300),
+            st.sampled_from([1, 1, 4]),
+            st.integers(1, 60),
+            st.sampled_from([1, 3, 5]),
+            st.integers(1, 8),
+            st.integers(1, 8),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    st.sampled_from([1, 3, 16]),
+)
+def test_the_quick_prices_are_those_of_the_schedules_in_full(layers: list[LayerSpec], batch: int) -> None:
+    machine, table = replace(MACHINE, batch=batch), LayerTable.of(layers)
+    quick, full = machine.layer_parts(table), machine.layer_costs(table)
+    np.testing.assert_allclose(quick["latency_ms"], full.latency_ms, rtol=1e-13)
+    np.testing.assert_allclose(quick["energy_mj"], sum(full.energy_pj.values()) * 1e-9, rtol=1e-13)

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from autocompress.core import Bits, LayerGraph, LayerSpec
 from autocompress.hardware_sim import LayerTable, UnsupportedLayerError
 from autocompress.hardware_sim.bit_serial import BitSerial
+from autocompress.hardware_sim.energy import mac_pj, sram_pj_per_bit
 from autocompress.hardware_sim.target_file import load_target
 from autocompress.testing import check_cost_model
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 BATCH = 16
 INT8 = Bits(8, 8)
-TARGETS = ("bismo-zynq7020", "bismo-ultra96", "bismo-cloud")
+TARGETS = ("bismo-zynq7020", "bismo-ultra96", "bismo-zcu102", "bismo-cloud")
 
 
 def golden(file: str) -> list[dict[str, str]]:
@@ -148,6 +149,36 @@ def test_energy_is_board_power_times_time() -> None:
         assert cost["energy_mj"] == pytest.approx(machine.board_w * cost["latency_ms"])
 
 
+def test_components_are_operations_and_bits_times_the_table_and_the_rest_of_the_board() -> None:
+    machine = target("bismo-zynq7020")  # 8 x 256 x 8, 64 bits a cycle, 200 MHz, 5 W
+    layer = conv(300, 20, 5, kernel=3, bits=Bits(2, 4))
+    energy = {k: v[0] for k, v in machine.layer_costs(LayerTable.of([layer])).energy_pj.items()}
+    words = 11  # ceil(2700 / 256)
+    moved = (4 * 25 + 2 * 20) * words * 256
+    compute = 2 * 4 * 4 * words * 3  # ceil(25 / 8) and ceil(20 / 8) tiles
+    assert energy["mac"] == pytest.approx(layer.macs * float(mac_pj(2, 4)))
+    assert energy["dram"] == pytest.approx(moved * 20.0)
+    assert energy["buffer"] == pytest.approx((compute * 16 * 256 + moved) * sram_pj_per_bit(4.5))
+    cycles = max(compute, 4 * 25 * words * 4, 2 * 20 * words * 4)
+    assert sum(energy.values()) == pytest.approx(5.0 * cycles / 200e6 * 1e12)
+    assert all(value > 0 for value in energy.values())
+
+
+def test_a_board_whose_power_is_below_the_tables_parts_takes_those() -> None:
+    table = LayerTable.of([conv(64, 64, 14, kernel=3)])
+    energy = replace(target("bismo-zynq7020"), board_w=1e-6).layer_costs(table).energy_pj
+    assert energy["rest"][0] == 0
+    assert sum(energy.values())[0] > 0
+
+
+def test_the_zcu102_array_is_the_largest_square_of_no_larger_share_than_the_ultra96_build() -> None:
+    ultra96, zcu102 = target("bismo-ultra96"), target("bismo-zcu102")
+    share = ultra96.luts / 70_560
+    assert zcu102.luts / 274_080 <= share < replace(zcu102, rows=20, columns=20).luts / 274_080
+    assert zcu102.brams <= 912
+    assert zcu102.peak_binary_tops == pytest.approx(55.4, abs=0.1)
+
+
 LAYERS = st.builds(
     lambda group_inputs, group_outputs, groups, size, kernel, w, a: conv(
         group_inputs * groups, group_outputs * groups, size, kernel=kernel, groups=groups, bits=Bits(w, a)
@@ -181,7 +212,8 @@ def larger(layer: LayerSpec) -> list[LayerSpec]:
 def test_more_channels_groups_pixels_or_bits_never_cost_less(layer: LayerSpec, name: str, batch: int) -> None:
     costs = replace(MACHINES[name], batch=batch).layer_costs(LayerTable.of([layer, *larger(layer)]))
     assert (costs.latency_ms[1:] >= costs.latency_ms[0]).all()
-    assert (costs.energy_pj["board"][1:] >= costs.energy_pj["board"][0]).all()
+    energy = sum(costs.energy_pj.values())
+    assert (energy[1:] >= energy[0] * (1 - 1e-12)).all()
 
 
 @settings(max_examples=50, deadline=None)

@@ -27,6 +27,16 @@ def machine(**constants: Any) -> Measured:
     return Measured("toy", **(given | constants))
 
 
+STEMMED = replace(
+    THIS_CPU,
+    ns_per={
+        bits: dict(cells) | {"stem": {"layer": 9e3, "pixels": 200.0, "gemm_macs": 0.04}}
+        for bits, cells in THIS_CPU.ns_per.items()  # type: ignore[attr-defined]
+    },
+)
+"""A machine whose stems cost more than dense layers of as many pixels and few channels."""
+
+
 def conv(
     inputs: int, outputs: int, kernel: int = 3, *, groups: int = 1, size: int = 8, bits: int = 32
 ) -> LayerSpec:
@@ -75,17 +85,24 @@ def test_a_layer_takes_the_sum_of_its_terms() -> None:
 def test_macs_are_counted_in_blocks_of_sixteen_channels() -> None:
     padded = terms(LayerTable.of([conv(17, 33), conv(3, 1)]), bits=32)[:, TERMS.index("padded_macs")]
     assert padded.tolist() == [32 * 48 * 9 * 64, 3 * 16 * 9 * 64]
+    gemm = terms(LayerTable.of([conv(17, 33), conv(3, 1)]), bits=8)[:, TERMS.index("gemm_macs")]
+    assert gemm.tolist() == [17 * 48 * 9 * 64, 3 * 16 * 9 * 64]
 
 
 def test_layers_are_told_apart_by_window_groups_and_tokens() -> None:
     layers = [conv(8, 8), conv(8, 8, 1), conv(8, 8, groups=8), conv(8, 8, groups=2), linear(8, 8)]
     assert kinds(LayerTable.of(layers)).tolist() == ["dense", "pointwise", "depthwise", "grouped", "linear"]
+    assert kinds(LayerTable.of([conv(3, 8), conv(3, 8, 1)])).tolist() == ["stem", "pointwise"]
     assert kinds(LayerTable.of([linear(8, 8, tokens=5)])).tolist() == ["pointwise"]
 
 
-@given(LAYERS, st.sampled_from(("inputs", "outputs", "groups", "pixels", "bits")))
-@settings(max_examples=200, deadline=None)
-def test_a_larger_layer_is_never_cheaper(layer: LayerSpec, what: str) -> None:
+@given(
+    LAYERS,
+    st.sampled_from(("inputs", "outputs", "groups", "pixels", "bits")),
+    st.sampled_from((THIS_CPU, STEMMED)),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_larger_layer_is_never_cheaper(layer: LayerSpec, what: str, model: Measured) -> None:
     inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
     larger = {
         "inputs": replace(layer, in_channels=layer.in_channels + layer.groups),
@@ -103,7 +120,18 @@ def test_a_larger_layer_is_never_cheaper(layer: LayerSpec, what: str) -> None:
     }[what]
     # Groups of a network are removed whole: a depthwise layer never turns into one with two inputs per group.
     assume(not (what == "inputs" and layer.is_depthwise))
-    assert latency(THIS_CPU, larger) >= latency(THIS_CPU, layer) * (1 - 1e-12)
+    assert latency(model, larger) >= latency(model, layer) * (1 - 1e-12)
+
+
+def test_stems_have_constants_of_their_own_and_dense_layers_never_cost_less() -> None:
+    ns_per = {32: {"stem": {"pixels": 50.0}, "dense": {"gemm_macs": 1.0}}}
+    model = machine(ns_per=ns_per, between_ns_per={32: {}})
+    assert latency(model, conv(3, 8)) == pytest.approx(50 * 64e-6)
+    assert latency(model, conv(4, 8, size=1)) == pytest.approx(4 * 16 * 9e-6)  # above the stem's 50 ns
+    slow = machine(ns_per={32: ns_per[32] | {"stem": {"pixels": 1e5}}}, between_ns_per={32: {}})
+    assert latency(slow, conv(4, 8)) == latency(slow, conv(3, 8)) == pytest.approx(1e5 * 64e-6)
+    without = machine(ns_per={32: {"dense": {"gemm_macs": 1.0}}}, between_ns_per={32: {}})
+    assert latency(without, conv(3, 8)) == pytest.approx(3 * 16 * 9 * 64e-6)
 
 
 @pytest.mark.parametrize("per_group", [1, 4, 24])

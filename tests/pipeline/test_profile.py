@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from autocompress.core import Bits, LayerSpec
-from autocompress.core.errors import DataError, RecipeError, RunDirectoryError
-from autocompress.export.layer_bench import Chain, chain_model, time_networks
+from autocompress.core.errors import DataError, ExportError, RecipeError, RunDirectoryError
+from autocompress.export.layer_bench import Chain, chain_model, time_networks, undisturbed_ms
 from autocompress.hardware_sim import LayerTable
 from autocompress.hardware_sim.target_file import load_target
 from autocompress.pipeline.measurements import (
@@ -18,7 +19,13 @@ from autocompress.pipeline.measurements import (
     read_measurements,
     write_measurements,
 )
-from autocompress.pipeline.profile import default_path, fit_profile, profile_measurements, write_target
+from autocompress.pipeline.profile import (
+    as_measurements,
+    default_path,
+    fit_profile,
+    profile_measurements,
+    write_target,
+)
 from autocompress.pipeline.profile_networks import FAMILIES, measured_networks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -82,23 +89,25 @@ def test_the_held_out_error_is_that_of_networks_left_out() -> None:
     assert everything.model.held_out_error[32] == {"layer": 0.0, "network": 0.0}
 
 
-def test_networks_of_torchvision_are_predicted_within_ten_percent() -> None:
+@pytest.mark.parametrize("bits", [32, 8])
+def test_networks_of_torchvision_are_predicted_within_ten_percent(bits: int) -> None:
     """The acceptance of the measured target, on recorded times of one machine in one run."""
     fit, held_out = (read_measurements(GOLDEN / f"this_cpu_{name}.csv") for name in ("fit", "held_out"))
     model = fit_profile(fit, name="recorded", about="recorded").model
     layer_errors, network_errors = [], []
     for network in dict.fromkeys(m.network for m in held_out.layers):
-        rows = [m for m in held_out.layers if m.network == network]
+        rows = [m for m in held_out.layers if m.network == network and m.layer.bits.weight == bits]
         costs = model.layer_costs(LayerTable.of([m.layer for m in rows]))
         errors = np.abs(costs.extra["kernel_ms"] / [m.latency_ms for m in rows] - 1)
-        assert np.median(errors) <= 0.10, network
+        assert np.median(errors) <= 0.06, network
         layer_errors += errors.tolist()
-        network_errors.append(abs(costs.latency_ms.sum() / held_out.networks[network, 32] - 1))
+        network_errors.append(abs(costs.latency_ms.sum() / held_out.networks[network, bits] - 1))
     assert len(network_errors) == 4
-    assert np.median(layer_errors) <= 0.05
-    assert max(network_errors) <= 0.10
-    assert model.held_out_error[32]["layer"] <= 0.10
-    assert model.held_out_error[32]["network"] <= 0.10
+    assert np.median(layer_errors) <= 0.04
+    assert np.median(network_errors) <= 0.07
+    assert max(network_errors) <= (0.05 if bits == 32 else 0.13)  # SqueezeNet in int8 is off by 12 %
+    assert model.held_out_error[bits]["layer"] <= 0.04
+    assert model.held_out_error[bits]["network"] <= 0.07
 
 
 def test_measurements_survive_the_file(tmp_path: Path) -> None:
@@ -169,6 +178,10 @@ def test_the_networks_to_measure_are_the_same_every_time_and_hold_every_kind_of_
     assert any(layer.is_depthwise for layer in layers)
     assert any(1 < layer.groups < layer.in_channels for layer in layers)
     assert {layer.kernel for layer in layers} >= {(1, 1), (3, 3), (5, 5), (7, 7)}
+    assert any(len(read) > 1 for chain in NETWORKS.values() for read in chain.reads.values())
+    assert sum(len(chain.adds) for chain in NETWORKS.values()) > 10
+    for name in ("basic1", "bottleneck2", "inverted3", "fire5"):
+        chain_model(NETWORKS[name])  # fits together, or is refused
 
 
 @pytest.mark.parametrize("bits", [8, 32])
@@ -182,12 +195,87 @@ def test_a_chain_runs_as_the_layers_it_was_made_of(bits: int) -> None:
         assert list(timing.windows) == windows
 
 
-def test_int8_and_float_chains_compute_alike() -> None:
+JOINED = Chain(
+    (
+        SMALL.layers[0],
+        LayerSpec("b", "conv", 16, 16, (3, 3), in_hw=(4, 4), out_hw=(4, 4)),
+        LayerSpec("narrow", "conv", 16, 8, in_hw=(4, 4), out_hw=(4, 4)),
+        LayerSpec("left", "conv", 8, 16, in_hw=(4, 4), out_hw=(4, 4)),
+        LayerSpec("right", "conv", 8, 16, (3, 3), in_hw=(4, 4), out_hw=(4, 4)),
+        LayerSpec("after", "conv", 32, 16, in_hw=(4, 4), out_hw=(4, 4)),
+        LayerSpec("head", "linear", 16, 10),
+    ),
+    reads={4: (2,), 5: (3, 4)},
+    adds={1: 0, 5: 1},
+)
+"""A shortcut over a pooling, two branches concatenated, another shortcut."""
+
+
+def test_shortcuts_and_branches_join_where_the_chain_says() -> None:
+    model = onnx.load_from_string(chain_model(JOINED))
+    nodes = {node.output[0]: node for node in model.graph.node}
+
+    def behind(name: str) -> str:
+        """The layer, concatenation or pooling that a value comes from."""
+        node = nodes[name]
+        return node.name if node.op_type in ("Conv", "Concat", "MaxPool") else behind(node.input[0])
+
+    sums = {
+        node.output[0]: [behind(name) for name in node.input]
+        for node in nodes.values()
+        if node.op_type == "Add"
+    }
+    pool = next(node for node in nodes.values() if node.op_type == "MaxPool")
+    assert behind(pool.input[0]) == "layer0_"
+    assert sums == {"layer1_sum": ["layer1_", pool.name], "layer5_sum": ["layer5_", "layer1_"]}
+    (concat,) = (node for node in nodes.values() if node.op_type == "Concat")
+    assert [behind(name) for name in concat.input] == ["layer3_", "layer4_"]
+    convs = {
+        node.name: behind(node.input[0])
+        for node in nodes.values()
+        if node.op_type == "Conv"
+        if node.input[0] in nodes
+    }
+    assert convs["layer1_"] == pool.name
+    assert (convs["layer3_"], convs["layer4_"], convs["layer5_"]) == ("layer2_", "layer2_", concat.name)
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_layers_of_branches_are_told_apart_whatever_order_they_run_in(bits: int) -> None:
+    timings = time_networks({"joined": chain_model(JOINED, bits=bits)}, runs=2)
+    measured = as_measurements({"joined": JOINED}, timings, bits=bits)
+    names = timings["joined"].names
+    assert [m.layer.name for m in measured.layers] == [layer.name for layer in JOINED.layers]
+    for number, measurement in enumerate(measured.layers):
+        (place,) = (i for i, name in enumerate(names) if f"layer{number}_" in name)
+        assert measurement.latency_ms == timings["joined"].layer_ms[place]
+
+
+def test_a_runtime_that_runs_other_layers_is_refused() -> None:
+    timing = time_networks({"small": chain_model(SMALL)}, runs=1)["small"]
+    other = replace(timing, names=("layer0_", *timing.names[1:-1], "layer0_"))
+    with pytest.raises(ExportError, match="its graph optimisations differ"):
+        as_measurements({"small": SMALL}, {"small": other}, bits=32)
+
+
+def test_times_under_interruption_are_those_of_an_idle_machine() -> None:
+    # Layers of 0.1, 1 and 20 ms; each 3 ms of CPU time are followed by 6 ms of somebody else.
+    rng, true = np.random.default_rng(0), np.array([0.1, 1.0, 20.0])
+    starts = rng.uniform(0, 3, 25)[:, None] + np.concatenate([[0], np.cumsum(true)])
+    durations = true + 6 * np.diff(starts // 3, axis=1)
+    shares = true.sum() / durations.sum(axis=1)
+    assert undisturbed_ms(durations, shares) == pytest.approx(true, rel=0.05)
+    clean = true * rng.uniform(1, 1.02, (25, 3))
+    assert undisturbed_ms(clean, np.ones(25)) == pytest.approx(true, rel=0.02)
+
+
+@pytest.mark.parametrize("chain", [SMALL, JOINED])
+def test_int8_and_float_chains_compute_alike(chain: Chain) -> None:
     """Same weights; eight bits at a scale of 0.0235 keep the outputs within a few steps of the scale."""
     images = np.random.default_rng(1).uniform(-1, 1, (1, 3, 16, 16)).astype(np.float32)
     outputs = []
     for bits in (32, 8):
-        session = onnxruntime.InferenceSession(chain_model(SMALL, bits=bits))
+        session = onnxruntime.InferenceSession(chain_model(chain, bits=bits))
         outputs.append(session.run(None, {"images": images})[0])
     assert outputs[0].shape == (1, 10)
     positive = np.maximum(outputs[0], 0)  # the int8 output has no sign
