@@ -1,17 +1,19 @@
-"""A search space without networks: every operation adds a known number, so that the best member is known."""
+"""Search spaces whose best members are known: tables without networks, and NAS-Bench-201's measured one."""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from autocompress.core import LayerGraph
-from autocompress.nas.spaces import Arch, OperationCosts, Place, Space
+from autocompress.core import Budget, Cost, Knob, LayerGraph, Plan, Problem
+from autocompress.nas.spaces import Arch, NASBench201, OperationCosts, Place, Space
 from autocompress.nas.spaces.space import Make
 from autocompress.nas.supernet import Adam, CostTerm, Method, Step, Supernet
 
@@ -118,3 +120,52 @@ def search_table(
         )
         method.architecture_step(supernet, step)
     return supernet
+
+
+@dataclass(frozen=True)
+class CellTable:
+    """NAS-Bench-201's cells with measured accuracy and latencies, in one order.
+
+    ``accuracy`` is in percent, at least :data:`FLOOR`; ``latency`` is in the unit of each device's column.
+    """
+
+    texts: tuple[str, ...]
+    accuracy: NDArray[np.float64]
+    latency: Mapping[str, NDArray[np.float64]]
+
+    def problem(self, device: str, limit: float) -> Problem:
+        """The best accuracy within a latency; a knob's operations ascend in their cells' mean latency."""
+        space, latency = NASBench201(), self.latency[device]
+        archs = [space.from_text(text) for text in self.texts]
+        index = {Plan(arch): i for i, arch in enumerate(archs)}
+        knobs = []
+        for name, ops in space.decisions.items():
+            chosen = np.array([ops.index(arch[name]) for arch in archs])
+            means = [latency[chosen == i].mean() for i in range(len(ops))]
+            knobs.append(Knob("arch", name, tuple(ops[i] for i in np.argsort(means, kind="stable"))))
+        return Problem(
+            tuple(knobs),
+            (Budget("latency_ms", limit, relative=False),),
+            lambda plan: Cost({"latency_ms": float(latency[index[plan]])}),
+            lambda plan: float(self.accuracy[index[plan]]),
+            identity=f"nasbench201-{device}",
+        )
+
+
+FLOOR = 89.0
+"""What cells below 90 % count, whose accuracy the table leaves out."""
+
+
+def read_cells(path: Path) -> CellTable:
+    """The table in ``nasbench201_acc_latency.csv``."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    accuracies = [row["cifar10_test_acc_200ep_if_ge_90"] for row in rows]
+    devices = [
+        name for name in rows[0] if name not in ("index", "arch_str", "cifar10_test_acc_200ep_if_ge_90")
+    ]
+    return CellTable(
+        tuple(row["arch_str"] for row in rows),
+        np.array([float(a) if a else FLOOR for a in accuracies]),
+        {device: np.array([float(row[device]) for row in rows]) for device in devices},
+    )

@@ -11,6 +11,7 @@ from nas_tables import random_table
 from autocompress.core import Budget, Cost, Knob, Plan, Problem
 from autocompress.core.errors import InfeasibleBudgetError, RecipeError
 from autocompress.nas.evolution import RegularizedEvolution
+from autocompress.nas.reinforce import ReinforceSearch
 
 SHAPE = (6, 7)
 
@@ -71,4 +72,16 @@ def test_a_budget_out_of_reach_and_settings_out_of_range_are_refused() -> None:
         RegularizedEvolution()(table_problem(0, 1e-6)[0], num_plans=1, seed=0)
     with pytest.raises(RecipeError) as caught:
         RegularizedEvolution(population=1, sample=5, num_mutations=0)
+    assert len(caught.value.faults) == 3
+
+
+def test_a_policy_learnt_from_rewards_keeps_the_budget_and_its_seed_and_beats_its_first_plans() -> None:
+    problem, _, _ = table_problem(0, 2.5)
+    trials = ReinforceSearch()(problem, num_plans=300, seed=0).trials
+    assert all(trial.cost["latency_ms"] <= 2.5 for trial in trials)
+    again = ReinforceSearch()(table_problem(0, 2.5)[0], num_plans=300, seed=0).trials
+    assert [trial.plan for trial in trials] == [trial.plan for trial in again]
+    assert np.mean([t.score for t in trials[-50:]]) > np.mean([t.score for t in trials[:50]]) + 0.3
+    with pytest.raises(RecipeError) as caught:
+        ReinforceSearch(lr=0.0, batch=0, decay=1.0)
     assert len(caught.value.faults) == 3

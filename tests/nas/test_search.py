@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from autocompress.core import Bits
 from autocompress.core.errors import CheckpointError, DataError, DivergenceError, RecipeError
 from autocompress.hardware_sim import load_target
 from autocompress.nas.spaces import (
@@ -195,8 +196,8 @@ def test_settings_out_of_range_are_refused_all_at_once() -> None:
 @pytest.mark.slow
 def test_the_network_found_on_digits_is_at_least_as_good_as_ten_random_ones_of_no_more_latency() -> None:
     data = load_data("digits", search_size=0.5, seed=0)
-    space, model = mbconv_chain(data.input_shape, data.num_classes), load_target("titan-x-pascal")
-    costs = operation_costs(space, model, "latency_ms")
+    space, model = mbconv_chain(data.input_shape, data.num_classes), load_target("edge-tpu-like")
+    costs = operation_costs(space, model, "latency_ms", bits=Bits(8, 8))
     generator = np.random.default_rng(0)
     drawn = [space.random(generator) for _ in range(200)]
     prices = [arch_price(costs, space, arch) for arch in drawn]
@@ -208,7 +209,7 @@ def test_the_network_found_on_digits_is_at_least_as_good_as_ten_random_ones_of_n
     limit = arch_price(costs, space, found.arch)
     cheaper = [arch for arch, price in zip(drawn, prices, strict=True) if price <= limit][:10]
     assert len(cheaper) == 10
-    settings = TrainSettings(epochs=8, batch_size=64, lr=0.1)
+    settings = TrainSettings(epochs=4, batch_size=64, lr=0.1)
 
     def retrained(arch: dict[str, str]) -> float:
         network = space.build(arch, seed=0)
