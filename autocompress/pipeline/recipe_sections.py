@@ -178,6 +178,7 @@ class QatStage(FinetuneStage):
 
     epochs: Count = 10
     lr: float = Field(default=0.01, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
 
 
 class PruneSettings(Section):

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from autocompress.core import Plan
 from autocompress.hardware_sim import MacsModel
@@ -114,13 +115,23 @@ def qat(run: Run, score: BitScore, plan: Plan, model: nn.Module) -> nn.Module:
     """
     recipe, tables = run.prepared.recipe, score.tables
     trains = "qat" in recipe.stages
+    student, teacher = model, model
     if isinstance(tables, CodebookTables):
-        student: nn.Module = share_weights(model, tables.codebooks(plan))
+        student = share_weights(model, tables.codebooks(plan))
     elif trains:
         student = QatNetwork(tables, plan, [images for images, _ in score.calibration_images])
+        teacher = tables.skeleton.graph_module
     else:
         return quantize(tables, plan).eval()
     if trains:
         with run.timed("qat"):
-            _fit(run, student, recipe.qat, stage="qat", teacher=model)
-    return student.brevitas() if isinstance(student, QatNetwork) else student.eval()
+            _fit(run, student, recipe.qat, stage="qat", teacher=teacher)
+    return student.brevitas() if isinstance(student, QatNetwork) else _plain(student).eval()
+
+
+def _plain(shared: nn.Module) -> nn.Module:
+    """The network with its shared values written out as weights, in place."""
+    for module in shared.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
+    return shared

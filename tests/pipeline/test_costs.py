@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from autocompress.core import Bits, Budget, Knob, LayerGraph, Plan, Problem
 from autocompress.core.errors import InfeasibleBudgetError, RecipeError
 from autocompress.hardware_sim import MacsModel, load_target
 from autocompress.hardware_sim.lookup import Lookup
-from autocompress.pipeline.costs import Costs, content_digest
+from autocompress.pipeline.costs import Costs, content_digest, share_for_pruning
 from autocompress.pipeline.price import traced_graph
 from autocompress.pipeline.recipe import Recipe
 
@@ -114,6 +116,30 @@ def test_costs_of_a_recipe_take_target_and_bits_from_it(graph: LayerGraph) -> No
     assert costs(Plan())["latency_ms"] == target(at(graph, Bits(4, 6)))["latency_ms"]
     assert costs.reference["latency_ms"] == target(at(graph, EIGHT))["latency_ms"]
     assert Costs.of(Recipe.parse("budgets: {macs: 0.5}"), graph).target is None
+
+
+shares = st.floats(0.01, 0.99)
+
+
+@given(start=st.floats(1e-3, 1e3), channels=shares, bits=shares, part=st.floats(0, 1))
+def test_the_part_for_pruning_can_be_reached_and_leaves_enough_for_bits(
+    start: float, channels: float, bits: float, part: float
+) -> None:
+    limit = start * (channels * bits) ** part
+    found = share_for_pruning(limit, start=start, fewest_channels=start * channels, fewest_bits=start * bits)
+    near = 1 + 1e-9
+    assert start * channels <= found * near
+    assert found <= start * near
+    assert found * bits <= limit * near
+    # Each goes the same part of its own way, on a logarithmic scale.
+    assert found == pytest.approx(start * channels**part)
+
+
+def test_pruning_gets_all_of_a_budget_that_bits_do_not_touch_and_none_of_a_loose_one() -> None:
+    assert share_for_pruning(40.0, start=100.0, fewest_channels=10.0, fewest_bits=100.0) == 40
+    assert share_for_pruning(150.0, start=100.0, fewest_channels=10.0, fewest_bits=20.0) == 100
+    # Equal ranges: the geometric mean.
+    assert share_for_pruning(25.0, start=100.0, fewest_channels=10.0, fewest_bits=10.0) == pytest.approx(50)
 
 
 def test_identity_follows_the_targets_content_and_the_bits(graph: LayerGraph) -> None:

@@ -366,9 +366,9 @@ def test_the_digest_depends_on_what_can_change_the_result_only() -> None:
     assert len(digests | {recipe.digest}) == len(changes) + 1
 
 
-def test_four_recipes_are_bundled_and_each_can_run_alone() -> None:
+def test_every_bundled_recipe_can_run_alone_and_is_named_after_its_file() -> None:
     names = [path.stem for path in bundled_recipes()]
-    assert names == ["digits", "mobilenet_cifar10_50", "resnet20_cifar10_50", "vgg16_cifar10_25"]
+    assert "digits" in names
     for name in names:
         recipe = Recipe.load(name)
         recipe.check_complete()
@@ -378,7 +378,8 @@ def test_four_recipes_are_bundled_and_each_can_run_alone() -> None:
 def test_bundled_recipes_are_found_with_and_without_ending_and_misspelt_ones_suggested() -> None:
     assert find_recipe("digits") == find_recipe("digits.yaml")
     with pytest.raises(
-        RecipeError, match=r"no recipe 'digts'; did you mean 'digits'\?; bundled are digits, mob"
+        RecipeError,
+        match=r"no recipe 'digts'; did you mean 'digits'\?; bundled are cnv_cifar10_finn_zynq7020, digits",
     ):
         find_recipe("digts")
 

@@ -263,6 +263,89 @@ def test_a_budget_is_judged_by_the_figure_it_binds(
     assert [v for v in (">yes<", ">no<", ">unknown<") if v in section] == [verdict]
 
 
+def _quantised(folder: Path) -> list[dict[str, Any]]:
+    """A run of stages quantise and qat: 4 layers, two searches, uniform points."""
+    layers = _layers(4)
+    for index, layer in enumerate(layers):
+        layer |= {"bits_after": [2 + index, 8 - index], "cost_before": {}}
+        layer["cost_after"] = {"latency_ms": 1.0 + index, "energy_mj": 4.0 - index}
+    bits = {layer["name"]: layer["bits_after"] for layer in layers}
+
+    def trial(index: int, score: float, latency: float) -> dict[str, Any]:
+        cost = {"latency_ms": latency, "bitops": 1e6 * latency}
+        plan = {"arch": {}, "channels": {}, "bits": bits if index else {}}
+        return {"index": index, "score": score, "cost": cost, "source": "", "seconds": 0.1, "plan": plan}
+
+    said = {
+        "algorithm": "milp",
+        "num_plans": 2,
+        "best_score": 0.9,
+        "baselines": {},
+        "seconds": 2.0,
+        "budgets": {"latency_ms": 4.0},
+    }
+    result = replace(
+        _result(),
+        after=_result().after | {"accuracy_before_qat": 0.81},
+        plan=Plan.from_json(json.dumps({"bits": bits})),
+        budgets={"latency_ms": 4.0},
+        predicted={"before": {"latency_ms": 8.0, "bitops": 8e6}, "after": {"latency_ms": 3.0, "bitops": 3e6}},
+        search={"quantise": said},
+        provenance=TARGET,
+        files={"model.qonnx": {"about": "for FINN & hls4ml", "bytes": 1234}},
+    )
+    _write_run(folder, result, layers)
+    trials = {"quantise": {"milp": [trial(0, 0.8, 2.0), trial(1, 0.9, 3.0)], "random": [trial(0, 0.7, 3.5)]}}
+    (folder / "trials.json").write_text(json.dumps(trials))
+    points = [{"bits": b, "score": 0.1 * b, "cost": {"latency_ms": b, "bitops": 1e6 * b}} for b in (2, 4, 8)]
+    (folder / "uniform.json").write_text(json.dumps(points))
+    return layers
+
+
+def test_bits_of_each_layer_are_drawn_with_its_share_of_latency_and_energy(tmp_path: Path) -> None:
+    layers = _quantised(tmp_path)
+    html = _report(tmp_path)
+    groups = _charts(html)[0].findall("{*}g")
+    widths = [[float(bar.attrib["width"]) for bar in group.findall("{*}rect")] for group in groups]
+    unit = widths[0][0] / 2
+    for layer, (weights, acts), group in zip(layers, widths, groups, strict=True):
+        assert weights / unit == pytest.approx(layer["bits_after"][0], abs=0.01)
+        assert acts / unit == pytest.approx(layer["bits_after"][1], abs=0.01)
+        latency, energy = layer["cost_after"]["latency_ms"] / 10, layer["cost_after"]["energy_mj"] / 10
+        texts = [text.text for text in group.findall("{*}text")]
+        assert (
+            f"{layer['bits_after'][0]}/{layer['bits_after'][1]} · {latency:.0%} · {energy:.0%}".replace(
+                "%", " %"
+            )
+            in texts
+        )
+    assert "<h2>Channels kept</h2>" not in html
+
+
+def test_score_is_drawn_over_the_budgets_metric_and_over_bit_operations_with_uniform_bits(
+    tmp_path: Path,
+) -> None:
+    _quantised(tmp_path)
+    html = _report(tmp_path)
+    for label in ("latency_ms (share of the original)", "bit operations (share of the original)"):
+        (chart,) = [c for c in _charts(html) if any(t.text == label for t in c.findall("{*}text"))]
+        titles = [t.text for c in chart.findall("{*}circle") for t in c.findall("{*}title")]
+        assert [t for t in titles if t and "bits everywhere" in t] == [
+            f"{b} bits everywhere: score {0.1 * b:.4g}" for b in (2, 4, 8)
+        ]
+        assert titles.count("chosen plan") == 1
+    assert html.count("budget 50 %") == 1  # 4 of 8 ms; bit operations have no budget
+
+
+def test_what_rounding_cost_and_training_gave_back_is_said(tmp_path: Path) -> None:
+    _quantised(tmp_path)
+    html = _report(tmp_path)
+    # 0.81 - 0.9312 = -0.1212; 0.9268 - 0.81 = 0.1168.
+    assert "Rounding changed the test accuracy by -12.12 points" in html
+    assert "training with rounding then by +11.68 points" in html
+    assert '<th scope="row">model.qonnx</th><td>for FINN &amp; hls4ml</td><td class="num">1,234</td>' in html
+
+
 def test_each_layer_has_one_bar_of_its_kept_share(run_dir: Path) -> None:
     chart = _charts(_report(run_dir))[0]
     groups = chart.findall("{*}g")
