@@ -155,6 +155,13 @@ class Recipe(Section):
             raise ValueError("budgets of its own are for recipes with stage quantise; move them to budgets")
         return value
 
+    @field_validator("search")
+    @classmethod
+    def _channels_need_another_search(cls, value: SearchSettings, info: ValidationInfo) -> SearchSettings:
+        if "prune" in info.data.get("stages", ()) and "milp" in (value.algorithm, *value.baselines):
+            raise ValueError("milp decides bits only; name it in quantise.search, and another one here")
+        return value
+
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         """The recipe in a file.

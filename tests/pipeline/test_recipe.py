@@ -80,6 +80,8 @@ def test_every_fault_is_reported_at_once_in_file_order_with_line_and_column() ->
         ("stages: [train, finetune, quantise]", "stages: finetune trains what prune makes; add prune"),
         ("stages: [prune, qat]", "stages: qat trains what quantise makes; add quantise"),
         ("prune: {budgets: {macs: 0.5}}", "prune: budgets of its own are for recipes with stage quantise"),
+        ("search: {algorithm: milp}", "search: milp decides bits only; name it in quantise.search"),
+        ("search: {baselines: [milp]}", "search: milp decides bits only; name it in quantise.search"),
         ("quantise: {weight_bits: [4, 2]}", "quantise.weight_bits: must be bit-widths in ascending order"),
         ("quantise: {act_bits: [0]}", "quantise.act_bits.0: must be >= 1, got 0"),
         ("quantise: {weight_bits: []}", "quantise.weight_bits: must hold one or more bit-widths up to 16"),
