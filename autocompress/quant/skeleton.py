@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
@@ -88,6 +88,7 @@ class Skeleton:
 
     def __init__(self, model: nn.Module) -> None:
         self.graph_module = _traced(model)
+        _without_writes(self.graph_module)
         _fold_batchnorm(self.graph_module)
         self._check()
         self.layers: dict[str, Layer] = {
@@ -262,7 +263,7 @@ class Skeleton:
         return self._is(node, LAYER_TYPES) or self._is(node, _JOINS)
 
 
-_JOINS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, torch.cat, "add", "add_")
+_JOINS: tuple[Any, ...] = (operator.add, torch.add, torch.cat, "add")
 
 
 def _traced(model: nn.Module) -> fx.GraphModule:
@@ -275,6 +276,39 @@ def _traced(model: nn.Module) -> fx.GraphModule:
             "Write the branch or loop that depends on a tensor's values so that it does not, or move it "
             "outside the network."
         ) from fault
+
+
+_PURE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+def _without_writes(graph_module: fx.GraphModule) -> None:
+    """Replace operations that overwrite their input by those that do not; later readers read the result.
+
+    A quantised tensor may have several readers, so none of them may write into it.
+    """
+    modules = dict(graph_module.named_modules())
+    writers = {name for name, module in modules.items() if getattr(module, "inplace", False)}
+    order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
+    for node, place in order.items():
+        method = node.op == "call_method" and str(node.target).removesuffix("_")
+        if node.op == "call_module" and node.target in writers:
+            modules[str(node.target)].inplace = False
+        elif node.kwargs.get("inplace"):
+            node.update_kwarg("inplace", False)
+        elif node.op == "call_function" and node.target in _PURE:
+            node.target = _PURE[node.target]
+        elif method and method != node.target and hasattr(Tensor, method):
+            node.target = method
+        else:
+            continue
+        overwritten = node.args[0]
+        overwritten.replace_all_uses_with(node, delete_user_cb=lambda user, after=place: order[user] > after)
+    graph_module.recompile()
 
 
 def _fold_batchnorm(graph_module: fx.GraphModule) -> None:

@@ -79,7 +79,7 @@ class QuantTables:
         """The grid of what a layer reads."""
         return self.calibration.grid(self.skeleton.source_of(layer), bits)
 
-    def network(self, plan: Plan) -> fx.GraphModule:
+    def network(self, plan: Plan, *, keep_inputs: bool = False) -> fx.GraphModule:
         """The quantised network of a plan, for evaluation only; equal to the Brevitas one to the last bit.
 
         Costs a small share of one evaluation: weights come from the table, and a quantiser behind a ReLU
@@ -87,6 +87,7 @@ class QuantTables:
 
         Args:
             plan: its ``bits`` name layers of the network; without bits it is the float network.
+            keep_inputs: no operation writes into its inputs, for those who keep tensors of inner nodes.
 
         Raises:
             ValueError: a layer the network lacks, or bits that no grid has.
@@ -95,7 +96,7 @@ class QuantTables:
             plan.bits,
             make_quantiser=lambda source, bits: Quantiser(self.calibration.grid(source, bits)),
             make_layer=self._layer,
-            finish=_save_passes,
+            finish=_without_clamps if keep_inputs else _save_passes,
         )
 
     def _layer(self, layer: str, bits: Bits) -> nn.Module:
@@ -178,6 +179,15 @@ class FixedLayer(nn.Module):
 
 def _save_passes(graph: fx.Graph, modules: Mapping[str, Any]) -> None:
     """Let quantisers do the work of clamps in front of them, and round in place what only they read."""
+    _without_clamps(graph, modules)
+    for node in graph.nodes:
+        quantiser = _called(node, modules)
+        if isinstance(quantiser, Quantiser):
+            quantiser.in_place = _is_own(node.args[0], modules)
+
+
+def _without_clamps(graph: fx.Graph, modules: Mapping[str, Any]) -> None:
+    """Take out clamps from 0 that only quantisers read which clamp as much."""
     for node in list(graph.nodes):
         top = _clamped_at(node, modules)
         if top is None or not node.users:
@@ -186,10 +196,6 @@ def _save_passes(graph: fx.Graph, modules: Mapping[str, Any]) -> None:
         if all(grid is not None and _clamps_too(grid, top) for grid in grids):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    for node in graph.nodes:
-        quantiser = _called(node, modules)
-        if isinstance(quantiser, Quantiser):
-            quantiser.in_place = _is_own(node.args[0], modules)
 
 
 def _called(node: fx.Node, modules: Mapping[str, Any]) -> Any:
@@ -215,14 +221,10 @@ def _clamps_too(grid: Grid, top: float) -> bool:
 
 
 _FRESH = (operator.add, torch.add, torch.cat)
-_ADDS_IN_PLACE = (operator.iadd, "add_")
 
 
 def _is_own(node: fx.Node, modules: Mapping[str, Any]) -> bool:
     """Whether a node's output is memory of its own that a single node reads."""
-    if len(node.users) > 1:
-        return False
-    if node.target in _ADDS_IN_PLACE:
-        return _is_own(node.args[0], modules)  # type: ignore[arg-type]
     made_by = _called(node, modules)
-    return isinstance(made_by, (*LAYER_TYPES, FixedLayer, Quantiser)) or node.target in _FRESH
+    fresh = isinstance(made_by, (*LAYER_TYPES, FixedLayer, Quantiser)) or node.target in _FRESH
+    return fresh and len(node.users) == 1
