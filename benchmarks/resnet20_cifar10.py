@@ -49,10 +49,10 @@ def row(result: Result, search: str, seed: int, epochs: int) -> dict[str, object
     return {
         "search": search,
         "seed": seed,
-        "plans": 1 if search == "uniform" else result.search["num_plans"],
+        "plans": 1 if search == "uniform" else result.search["prune"]["num_plans"],
         "epochs": epochs,
         "macs_share": round(after["macs"] / before["macs"], 4),
-        "quick_score": round(100 * result.search["best_score"], 2),
+        "quick_score": round(100 * result.search["prune"]["best_score"], 2),
         "dense": round(100 * before["accuracy"], 2),
         "pruned": round(100 * after["accuracy_before_finetune"], 2),
         "finetuned": round(100 * after["accuracy"], 2),
