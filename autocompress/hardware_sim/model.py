@@ -149,7 +149,8 @@ class HardwareModel(LayerwiseModel):
         lengths = {len(graph.layers) for graph in graphs}
         if self.additive and len(lengths) == 1:
             table = LayerTable.of([layer for graph in graphs for layer in graph.layers])
-            return self.totals(self.layer_costs(table), lengths.pop())
+            parts, shape = self.layer_parts(table), (-1, lengths.pop())
+            return self.combined({metric: part.reshape(shape) for metric, part in parts.items()}, np.zeros(1))
         priced = [self(graph) for graph in graphs]
         return {m: np.array([cost[m] for cost in priced]) for m in (priced[0].totals if priced else ())}
 

@@ -36,6 +36,7 @@ class PlanPricer:
 
     Attributes:
         looks_up: whether there are tables.
+        num_entries: costs in them.
 
     Raises:
         ValueError: an architecture knob, whose choices are different graphs; a knob for a group or layer the
@@ -58,6 +59,7 @@ class PlanPricer:
         if isinstance(model, LayerwiseModel):
             self._tables = model.tables(graph, _choices(graph, knobs), max_entries=MAX_ENTRIES)
         self.looks_up = self._tables is not None
+        self.num_entries = 0 if self._tables is None else self._tables.num_entries
 
     def __call__(self, plan: Plan) -> Cost:
         """The totals of one plan, without shares of layers.
