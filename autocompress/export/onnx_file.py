@@ -40,9 +40,16 @@ def export_onnx(model: nn.Module, path: Path, *, input_shape: tuple[int, int, in
         ExportError: the opset is not available, the network cannot be traced, or the graph is not valid.
     """
     check_opset(opset)
-    proto = _translate(model, input_shape, opset)
-    _strip_traces(proto)
-    _validate(proto, opset)
+    proto = translate(model, input_shape, opset)
+    strip_traces(proto)
+    validate(proto, opset)
+    write_onnx(proto, path)
+    logger.info("wrote %s (%d bytes, opset %d)", path, path.stat().st_size, opset)
+    return path
+
+
+def write_onnx(proto: Any, path: Path) -> None:
+    """Write a ModelProto under a temporary name, load it in ONNX Runtime, and only then replace ``path``."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_bytes(proto.SerializeToString())
@@ -52,8 +59,6 @@ def export_onnx(model: nn.Module, path: Path, *, input_shape: tuple[int, int, in
         raise ExportError(f"cannot write {path}: {fault}. Check the folder and the free space.") from fault
     finally:
         partial.unlink(missing_ok=True)
-    logger.info("wrote %s (%d bytes, opset %d)", path, path.stat().st_size, opset)
-    return path
 
 
 def check_opset(opset: int) -> None:
@@ -68,7 +73,7 @@ def check_opset(opset: int) -> None:
         )
 
 
-def _translate(model: nn.Module, input_shape: tuple[int, int, int], opset: int) -> Any:
+def translate(model: nn.Module, input_shape: tuple[int, int, int], opset: int) -> Any:
     """The ModelProto of an evaluation copy of the model on the CPU."""
     try:
         frozen = copy.deepcopy(model).cpu().eval()
@@ -112,7 +117,7 @@ def _quiet() -> Iterator[None]:
                 talker.setLevel(level)
 
 
-def _strip_traces(proto: Any) -> None:
+def strip_traces(proto: Any) -> None:
     """Remove the stack traces and module paths that the exporter attaches to nodes and values."""
     graph = proto.graph
     for part in (
@@ -128,7 +133,7 @@ def _strip_traces(proto: Any) -> None:
         part.ClearField("doc_string")
 
 
-def _validate(proto: Any, opset: int) -> None:
+def validate(proto: Any, opset: int) -> None:
     """Check opset, outputs, batch and the whole graph, and set an IR version that runtimes can read."""
     import onnx
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,16 +50,29 @@ def check_parity(model: nn.Module, onnx_path: Path, images: Tensor, *, tolerance
         DataError: the images have another shape or are not finite.
         ExportError: the file cannot be run, a logit is not finite, or the two disagree.
     """
+    batch = check_images(images)
+    with torch.inference_mode():
+        wanted = copy.deepcopy(model).cpu().eval()(batch).numpy()
+    return compare_logits(wanted, open_session(onnx_path), batch, tolerance)
+
+
+def check_images(images: Tensor) -> Tensor:
+    """The images as float32 on the CPU.
+
+    Raises:
+        DataError: fewer than two, another shape than (N, C, H, W), or not finite.
+    """
     if images.ndim != 4 or len(images) < 2 or not bool(torch.isfinite(images).all()):
         raise DataError(
             f"parity needs at least two finite images (N, C, H, W), got shape {tuple(images.shape)} "
             f"with {int((~torch.isfinite(images)).sum())} values that are not finite"
         )
-    batch = images.detach().cpu().float()
-    with torch.inference_mode():
-        wanted = copy.deepcopy(model).cpu().eval()(batch).numpy()
-    session = open_session(onnx_path)
-    pixels = np.ascontiguousarray(batch.numpy())
+    return images.detach().cpu().float().contiguous()
+
+
+def compare_logits(wanted: NDArray[np.float32], session: Any, images: Tensor, tolerance: float) -> Parity:
+    """Run the images as one batch, and the first again alone, and compare; see :func:`check_parity`."""
+    pixels = images.numpy()
     outcome = _compare(wanted, run_session(session, pixels), tolerance)
     single = _compare(wanted, run_session(session, pixels[:1]), tolerance, rows=1)
     return Parity(

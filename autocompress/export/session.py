@@ -13,8 +13,17 @@ from autocompress.core.errors import ExportError
 _ERRORS_ONLY = 3  # ONNX Runtime's severity scale: 0 verbose, 1 info, 2 warning, 3 error, 4 fatal
 
 
-def open_session(path: Path, *, threads: int = 1) -> Any:
+def open_session(
+    path: Path, *, threads: int = 1, integer_kernels: bool = True, write_optimised: Path | None = None
+) -> Any:
     """An ONNX Runtime session on the CPU with the default graph optimisations.
+
+    Args:
+        path: ONNX file.
+        threads: within an operator.
+        integer_kernels: False runs quantised files as they are written, with float kernels between
+            quantisers.
+        write_optimised: file for the graph that is really run.
 
     Raises:
         ExportError: ONNX Runtime cannot read the file.
@@ -25,6 +34,10 @@ def open_session(path: Path, *, threads: int = 1) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
+    if not integer_kernels:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if write_optimised is not None:
+        options.optimized_model_filepath = str(write_optimised)
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as fault:  # ONNX Runtime's exceptions share no public base class
