@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -14,8 +13,14 @@ from torch import Tensor, fx, nn
 
 from autocompress.core import LayerGraph, Plan
 from autocompress.core.errors import InfeasibleBudgetError
-from autocompress.core.files import write_atomically
-from autocompress.export import check_parity, export_onnx, measure_latency
+from autocompress.export import (
+    check_parity,
+    check_quantised_parity,
+    count_int8,
+    export_onnx,
+    export_qcdq,
+    measure_latency,
+)
 from autocompress.hardware_sim.finn_dataflow import FinnDataflow
 from autocompress.pipeline.problems import Candidate
 from autocompress.pipeline.progress import Event
@@ -100,9 +105,6 @@ def _write_floats(model: nn.Module, path: Path, images: Tensor, opset: int | Non
 
 
 def _write_integers(model: nn.Module, path: Path, images: Tensor, opset: int | None) -> dict[str, float]:
-    from autocompress.export.qcdq_file import count_int8, export_qcdq
-    from autocompress.export.quantised_parity import check_quantised_parity
-
     assert isinstance(model, fx.GraphModule)
     export_qcdq(model, path, input_shape=_shape(images), opset=opset or QUANTISED_OPSET)
     parity = check_quantised_parity(model, path, images)
@@ -128,27 +130,31 @@ def _hardware_files(
     files = {path.name: _entry(path, "QONNX, for FINN and hls4ml", parity=asdict(parity))}
     target = candidate.costs.target
     if isinstance(target, FinnDataflow):
-        folding = folder / "folding.json"
-        figures = _folding(target, plan.apply(candidate.costs.graph), folding)
-        files |= (
-            {folding.name: _entry(folding, "PE and SIMD per layer, for FINN", **figures)} if figures else {}
-        )
+        files |= _folding_files(target, plan.apply(candidate.costs.graph), path)
     return files
 
 
-def _folding(target: FinnDataflow, graph: LayerGraph, path: Path) -> dict[str, float]:
-    """Write FINN's folding configuration; empty, with a warning, where no folding fits the device."""
+def _folding_files(target: FinnDataflow, graph: LayerGraph, qonnx: Path) -> dict[str, dict[str, Any]]:
+    """FINN's folding of the network; none, with a warning, where no folding fits the device."""
+    from autocompress.export.finn_folding_file import StageFold, write_finn_files
+
     try:
         folding = target.folding(graph)
-        config = target.folding_config(graph)
     except InfeasibleBudgetError as fault:
-        logger.warning("no folding.json: %s", fault)
+        logger.warning("no folding for FINN: %s", fault)
         return {}
-    write_atomically(path, json.dumps(config, indent=1).encode())
     costs = folding.costs
-    sums = {"luts": costs.luts, "brams": costs.brams, "dsps": costs.dsps}
-    rate = target.clock_mhz * 1e6 / folding.interval_cycles
-    return {name: float(values.sum()) for name, values in sums.items()} | {
-        "cycles_per_image": float(folding.interval_cycles),
-        "images_per_s": rate,
+    columns = (folding.pe, folding.simd, costs.cycles, costs.luts, costs.brams, costs.dsps)
+    folds = {
+        layer.name: StageFold(int(pe), int(simd), int(cycles), float(luts), float(brams), float(dsps))
+        for layer, pe, simd, cycles, luts, brams, dsps in zip(graph.layers, *columns, strict=True)
     }
+    paths = write_finn_files(
+        qonnx.parent, qonnx, folds, clock_mhz=target.clock_mhz, multipliers=target.multipliers
+    )
+    about = (
+        "PE and SIMD per layer, for FINN",
+        "names of the layers' hardware, for FINN",
+        "estimated rate and size",
+    )
+    return {path.name: _entry(path, text) for path, text in zip(paths, about, strict=True)}
