@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from autocompress.core.graph import Bits
 from autocompress.core.plan import Plan
-from autocompress.quant.grids import Grid
+from autocompress.quant.grids import Grid, has_integer_bias
 from autocompress.quant.skeleton import Layer
 from autocompress.quant.tables import QuantTables
 
@@ -74,7 +74,7 @@ def quantised_layer(original: Layer, bits: Bits, grid: Grid | None, bias: Tensor
     settings: dict[str, Any] = {
         "bias": bias is not None,
         "weight_quant": _injector(grid, _base("Weight", grid)),
-        "bias_quant": Int32Bias if bias is not None and bits.act < 32 else None,
+        "bias_quant": Int32Bias if bias is not None and has_integer_bias(bits) else None,
     }
     if isinstance(original, nn.Linear):
         made: Any = qnn.QuantLinear(original.in_features, original.out_features, **settings)

@@ -12,10 +12,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from autocompress.core.graph import Bits
+
 MAX_BITS = 16
 """Above this a float32 no longer holds a layer's integers and products exactly enough to be worth it."""
 
 _NOTHING = 1e-20  # magnitudes that count as 0
+_MAX_PRODUCT_BITS = 24
 _CHUNK = 1 << 17  # elements rounded at a time: half a megabyte stays in a core's cache for all four passes
 
 
@@ -164,6 +167,15 @@ def asymmetric(low: Tensor, high: Tensor, bits: int) -> Grid:
     grid = Grid(bits, width, signed=False)
     zero_point = torch.round(-low / grid.scale).clamp(0, grid.high)
     return Grid(bits, width, signed=False, zero_point=zero_point)
+
+
+def has_integer_bias(bits: Bits) -> bool:
+    """Whether a layer's bias is rounded to 32-bit integers at the accumulator's step.
+
+    The step shrinks with every bit of weights and activations; above 24 in sum, 32-bit integers reach only
+    some products far and common biases would be clipped, so they stay floating point.
+    """
+    return bits.act < 32 and bits.weight + bits.act <= _MAX_PRODUCT_BITS
 
 
 def quantise_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:

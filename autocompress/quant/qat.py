@@ -15,7 +15,7 @@ from autocompress.core.errors import DivergenceError
 from autocompress.core.graph import Bits
 from autocompress.core.plan import Plan
 from autocompress.quant.brevitas_network import Plain, activation_quantiser, quantised_layer
-from autocompress.quant.grids import Grid
+from autocompress.quant.grids import Grid, has_integer_bias
 from autocompress.quant.skeleton import Layer
 from autocompress.quant.ste import LearnedGrid, rounded_bias
 from autocompress.quant.tables import QuantTables
@@ -75,7 +75,8 @@ class QatNetwork(nn.Module):
                 return original
             grid = tables.weight(layer, bits.weight).grid
             bias = tables.corrected_bias(layer, bits.weight)
-            reads = grids.get((tables.skeleton.source_of(layer), bits.act))
+            source = tables.skeleton.source_of(layer)
+            reads = grids[source, bits.act] if has_integer_bias(bits) else None
             return _TrainedLayer(original, grid, bias, reads)
 
         made = tables.skeleton.instrumented(
@@ -173,7 +174,7 @@ class _TrainedLayer(nn.Module):
         original: the layer; not changed.
         grid: of its weights.
         bias: shape (out,), or None.
-        reads: the grid of its input; None for float input.
+        reads: the grid of its input; None where the bias stays float.
     """
 
     unit: Tensor

@@ -6,7 +6,7 @@ continuous and use several batches, since drops of accuracy of single layers are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -21,14 +21,10 @@ from autocompress.core.errors import DataError
 from autocompress.core.graph import Bits
 from autocompress.core.plan import Plan
 from autocompress.core.problem import Knob
-from autocompress.quant.tables import FixedLayer, QuantTables
+from autocompress.quant.curvature import Batches, Losses, Widths, fisher_losses, hessian_losses
+from autocompress.quant.tables import QuantTables
 
 SensitivityMethod = Literal["measured", "hessian", "fisher"]
-Batches = Sequence[tuple[Tensor, Tensor]]
-Losses = dict[str, dict[int, float]]
-
-_NUM_PROBES = 16  # random vectors per batch of Hutchinson's estimator
-_NUM_LABELS = 4  # labels drawn per image
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,7 @@ class Sensitivity:
         Raises:
             ValueError: a knob that decides no bits.
         """
-        if other := [knob.name for knob in knobs if not knob.is_bits]:
-            raise ValueError(f"sensitivities are about bits, but the knobs {other} decide something else")
+        _check(knobs)
         arrays = []
         for knob in knobs:
             side = self.weight if knob.kind == "weight_bits" else self.act
@@ -67,7 +62,7 @@ def sensitivity(
     knobs: Sequence[Knob],
     batches: Batches,
     *,
-    method: SensitivityMethod = "measured",
+    method: SensitivityMethod = "fisher",
     reference: Plan,
     seed: int,
 ) -> Sensitivity:
@@ -80,6 +75,9 @@ def sensitivity(
     * ``fisher``: half the mean square of the change that rounding makes in the loss to first order, under
       labels drawn from the network's own answers: the quadratic form of the Fisher information with the
       rounding error. One backward pass per drawn label.
+
+    On ResNet-20 (CIFAR-10), over random plans of equal mean bits, ``fisher`` ranks the loss as well as
+    ``measured`` does or better, and ``hessian`` worse at 2 bits; it is also the cheapest.
 
     The rise is measured from the reference for ``measured``, from the float network for the others; it is
     made to fall with the bits by isotonic regression.
@@ -104,33 +102,31 @@ def sensitivity(
         raise ValueError(f"method must be one of {', '.join(get_args(SensitivityMethod))}, got {method!r}")
     if not batches:
         raise DataError("sensitivities need at least one batch of images")
-    widths = _asked(knobs)
+    _check(knobs)
+    weight, act = _widths(knobs, "weight_bits"), _widths(knobs, "act_bits")
     generator = torch.Generator().manual_seed(seed)
     if method == "measured":
-        found = _measured(tables, widths, batches, reference)
+        found = _measured(tables, weight, act, batches=batches, reference=reference)
     else:
-        found = _fisher(tables, widths, batches, generator)
+        found = fisher_losses(tables, weight, act, batches=batches, generator=generator)
         if method == "hessian":
-            found = found[0] | _hessian(tables, widths, batches, generator), found[1]
+            found = hessian_losses(tables, weight, batches=batches, generator=generator), found[1]
     return Sensitivity(*[{name: _falling(row) for name, row in side.items()} for side in found])
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """Layer -> widths to predict, ascending, for weights and for activations."""
-
-    weight: dict[str, list[int]]
-    act: dict[str, list[int]]
+def _check(knobs: Sequence[Knob]) -> None:
+    if other := [knob.name for knob in knobs if not knob.is_bits]:
+        raise ValueError(f"sensitivities are about bits, but the knobs {other} decide something else")
 
 
-def _asked(knobs: Sequence[Knob]) -> _Asked:
-    asked = _Asked({}, {})
-    for knob in knobs:
-        if not knob.is_bits:
-            raise ValueError(f"sensitivities are about bits, but knob {knob.name!r} decides {knob.kind}")
-        side = asked.weight if knob.kind == "weight_bits" else asked.act
-        side.update({layer: [int(bits) for bits in knob.choices] for layer in knob.bit_layers})
-    return asked
+def _widths(knobs: Sequence[Knob], kind: str) -> Widths:
+    """Layer -> choices of the knobs of one kind."""
+    return {
+        layer: [int(bits) for bits in knob.choices]
+        for knob in knobs
+        if knob.kind == kind
+        for layer in knob.bit_layers
+    }
 
 
 def _falling(row: Mapping[int, float]) -> dict[int, float]:
@@ -140,14 +136,13 @@ def _falling(row: Mapping[int, float]) -> dict[int, float]:
     return dict(zip(bits, repaired.tolist(), strict=True))
 
 
-# Measured
-
-
-def _measured(tables: QuantTables, asked: _Asked, batches: Batches, reference: Plan) -> tuple[Losses, Losses]:
+def _measured(
+    tables: QuantTables, weight: Widths, act: Widths, *, batches: Batches, reference: Plan
+) -> tuple[Losses, Losses]:
     variants = [
         (side, layer, width)
-        for side in ("weight", "act")
-        for layer, widths in getattr(asked, side).items()
+        for side, asked in (("weight", weight), ("act", act))
+        for layer, widths in asked.items()
         for width in widths
     ]
     sums = dict.fromkeys(variants, 0.0)
@@ -157,14 +152,13 @@ def _measured(tables: QuantTables, asked: _Asked, batches: Batches, reference: P
             expected = F.log_softmax(kept.record(images), dim=1)
             for side, layer, width in variants:
                 before = reference.bits.get(layer, Bits())
-                bits = {**reference.bits, layer: replace(before, **{side: width})}
-                if bits[layer] == before:
+                changed = replace(before, **{side: width})
+                if changed == before:
                     continue
-                network = tables.network(Plan(bits=bits), keep_inputs=True)
+                network = tables.network(Plan(bits={**reference.bits, layer: changed}), keep_inputs=True)
                 answer = F.log_softmax(kept.run(network, changed=layer), dim=1)
-                sums[side, layer, width] += float(
-                    F.kl_div(answer, expected, reduction="sum", log_target=True)
-                )
+                divergence = F.kl_div(answer, expected, reduction="sum", log_target=True)
+                sums[side, layer, width] += float(divergence)
     num_images = sum(len(images) for images, _ in batches)
     found: tuple[Losses, Losses] = ({}, {})
     for side, layer, width in variants:
@@ -221,147 +215,3 @@ class _Runner(fx.Interpreter):
         value = super().run_node(n)
         self._see(n, value)
         return value
-
-
-# Fisher information
-
-
-def _fisher(
-    tables: QuantTables, asked: _Asked, batches: Batches, generator: torch.Generator
-) -> tuple[Losses, Losses]:
-    found: tuple[Losses, Losses] = ({}, {})
-    num = sum(len(images) for images, _ in batches) * _NUM_LABELS
-    for images, _ in batches:
-        layers = _Gradients(tables, {*asked.weight, *asked.act}).of(images, generator)
-        for name, seen in layers.items():
-            for width in asked.weight.get(name, ()):
-                error = _output_error(tables, name, width, seen.inputs)
-                _add(found[0], name, width, _squares(error, seen.output_gradients) / (2 * num))
-            for width in asked.act.get(name, ()):
-                rounded = tables.input_grid(name, width).quantise(seen.inputs) if width < 32 else seen.inputs
-                error = rounded - seen.inputs
-                _add(found[1], name, width, _squares(error, seen.input_gradients) / (2 * num))
-    return found
-
-
-def _add(losses: Losses, layer: str, width: int, value: float) -> None:
-    row = losses.setdefault(layer, {})
-    row[width] = row.get(width, 0.0) + value
-
-
-def _squares(error: Tensor, gradients: Sequence[Tensor]) -> float:
-    """Sum over images and drawn labels of (gradient . error)^2."""
-    return sum(float((g * error).flatten(1).sum(dim=1).square().sum()) for g in gradients)
-
-
-def _output_error(tables: QuantTables, layer: str, width: int, inputs: Tensor) -> Tensor:
-    """What rounding a layer's weights and correcting its bias adds to its outputs."""
-    module = tables.skeleton.layers[layer]
-    if width >= 32:
-        return torch.zeros(())
-    bias, corrected = tables.bias(layer), tables.corrected_bias(layer, width)
-    shift = corrected - bias if corrected is not None and bias is not None else None
-    error: Tensor = FixedLayer(module, tables.weight(layer, width).values - module.weight.detach(), shift)(
-        inputs
-    )
-    return error
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A layer's inputs, and gradients of each image's loss, one tensor per drawn label."""
-
-    inputs: Tensor
-    input_gradients: list[Tensor]
-    output_gradients: list[Tensor]
-
-
-class _Gradients(fx.Interpreter):
-    """Gradients of the float network's loss at the inputs and outputs of some layers."""
-
-    def __init__(self, tables: QuantTables, layers: Iterable[str]) -> None:
-        super().__init__(tables.skeleton.graph_module)
-        self._layers = set(layers)
-        self._ends: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op != "call_module" or n.target not in self._layers:
-            return super().run_node(n)
-        (given,), _ = self.fetch_args_kwargs_from_env(n)
-        # A tensor of this layer's own, so that other readers do not enter its gradient.
-        inputs = given.view_as(given) if given.requires_grad else given.detach().requires_grad_()
-        outputs = self.call_module(n.target, (inputs,), {})
-        self._ends[str(n.target)] = inputs, outputs
-        return outputs
-
-    def of(self, images: Tensor, generator: torch.Generator) -> dict[str, _Seen]:
-        """Layer -> what was seen there."""
-        logits = self.run(images)
-        log_p = F.log_softmax(logits, dim=1)
-        seen = {name: _Seen(x.detach(), [], []) for name, (x, _) in self._ends.items()}
-        ends = [end for pair in self._ends.values() for end in pair]
-        drawn = torch.multinomial(
-            log_p.detach().exp().cpu(), _NUM_LABELS, replacement=True, generator=generator
-        ).to(log_p.device)
-        for draw in range(_NUM_LABELS):
-            loss = F.nll_loss(log_p, drawn[:, draw], reduction="sum")
-            gradients = torch.autograd.grad(loss, ends, retain_graph=draw + 1 < _NUM_LABELS)
-            for name, at_input, at_output in zip(seen, gradients[::2], gradients[1::2], strict=True):
-                seen[name].input_gradients.append(at_input)
-                seen[name].output_gradients.append(at_output)
-        return seen
-
-
-# Hessian
-
-
-def _hessian(tables: QuantTables, asked: _Asked, batches: Batches, generator: torch.Generator) -> Losses:
-    layers = {name: tables.skeleton.layers[name] for name in asked.weight}
-    weights = {f"{name}.weight": layer.weight.detach().requires_grad_() for name, layer in layers.items()}
-    traces = torch.zeros(len(layers), dtype=torch.float64)
-    for images, labels in batches:
-        logits = torch.func.functional_call(tables.skeleton.graph_module, weights, images)
-        loss = F.cross_entropy(logits, labels.to(images.device))
-        samples = hutchinson_traces(loss, [*weights.values()], num_probes=_NUM_PROBES, generator=generator)
-        traces += samples.mean(dim=0) * len(images)
-    traces = (traces / sum(len(images) for images, _ in batches)).clamp_(min=0.0)
-    found: Losses = {}
-    for (name, layer), trace in zip(layers.items(), traces.tolist(), strict=True):
-        for width in asked.weight[name]:
-            error = 0.0
-            if width < 32:
-                error = float((tables.weight(name, width).values - layer.weight.detach()).square().sum())
-            found.setdefault(name, {})[width] = trace / layer.weight.numel() * error / 2
-    return found
-
-
-def hutchinson_traces(
-    loss: Tensor, weights: Sequence[Tensor], *, num_probes: int, generator: torch.Generator
-) -> Tensor:
-    """Unbiased samples of the trace of each weight's own block of the Hessian: ``v . H v``.
-
-    One Hessian-vector product serves all weights: with independent signs in v, the products between blocks
-    are 0 on average.
-
-    Args:
-        loss: scalar, from a graph that can be differentiated twice.
-        weights: leaves of that graph.
-        num_probes: random vectors of +1 and -1.
-        generator: draws them, on the CPU.
-
-    Returns:
-        Shape (num_probes, len(weights)), float64.
-
-    Source: Yao et al., "PyHessian", IEEE BigData 2020, section 3.
-    """
-    gradients = torch.autograd.grad(loss, list(weights), create_graph=True)
-    samples = torch.empty(num_probes, len(weights), dtype=torch.float64)
-    for probe in range(num_probes):
-        signs = [
-            torch.randint(0, 2, w.shape, generator=generator).mul_(2).sub_(1).to(w.device, w.dtype)
-            for w in weights
-        ]
-        products = torch.autograd.grad(gradients, list(weights), signs, retain_graph=True)
-        for block, (sign, product) in enumerate(zip(signs, products, strict=True)):
-            samples[probe, block] = float((sign * product).sum(dtype=torch.float64))
-    return samples

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from autocompress.core.graph import Bits
 from autocompress.core.plan import Plan
 from autocompress.quant.calibration import Calibration
-from autocompress.quant.grids import Grid, quantise_bias, symmetric
+from autocompress.quant.grids import Grid, has_integer_bias, quantise_bias, symmetric
 from autocompress.quant.ranges import clip_thresholds
 from autocompress.quant.skeleton import LAYER_TYPES, Layer, Skeleton
 
@@ -105,7 +105,7 @@ class QuantTables:
             return original
         rounded = self.weight(layer, bits.weight)
         bias = self.corrected_bias(layer, bits.weight)
-        if bias is not None and bits.act < 32:
+        if bias is not None and has_integer_bias(bits):
             bias = quantise_bias(bias, self.input_grid(layer, bits.act).scale, rounded.grid.scale)
         return FixedLayer(original, rounded.values, bias)
 

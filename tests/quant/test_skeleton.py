@@ -79,8 +79,8 @@ def test_batchnorm_behind_a_layer_is_folded_away(kind: type[nn.Module]) -> None:
 
 
 def test_batchnorm_that_no_layer_feeds_alone_stays() -> None:
-    norms = [m for m in Skeleton(seeded(TinyDenseNet)).graph_module.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(norms) == 4
+    modules = Skeleton(seeded(TinyDenseNet)).graph_module.modules()
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in modules) == 4
 
 
 def test_without_bits_nothing_is_put_in() -> None:
@@ -206,7 +206,7 @@ class Branching(nn.Module):
 
 
 def test_a_branch_on_values_is_refused_with_a_remedy() -> None:
-    with pytest.raises(UnsupportedModelError, match="Branching cannot be quantised: .*Write the branch"):
+    with pytest.raises(UnsupportedModelError, match=r"Branching cannot be quantised: .*Write the branch"):
         Skeleton(Branching())
 
 
