@@ -1,10 +1,19 @@
-"""How many networks per second every bundled target's cost model prices.
+"""How many networks per second every cost model prices, on one bundled target each.
 
 Prints one table, and saves it as results/sim-speed-<machine>-torch<version>.csv: whole-network queries of
-VGG-16 and MobileNetV2 (224x224) per CPU second on one core, one graph at a time (``single``) and as arrays
-of random plans (``batched``: price_plans on 20,000 plans, drawn from the channel knobs of a search and,
-where the target runs them all, 2 to 8 bits for the weights and activations of every layer; the draw is not
-counted). Best of three rounds.
+VGG-16 and MobileNetV2 (224x224) per CPU second on one core. The knobs are the channel knobs of a search and,
+where the target runs them all, 2 to 8 bits for the weights and for the activations of every layer.
+
+- single: one graph at a time, with the share of every layer.
+- batched: price_plans on 20,000 random plans, weights and activations of a layer with equal bits. The draw is
+  not counted.
+- tabulate_s: seconds to price every layer at every choice once, all pairs of bits included (PlanPricer);
+  entries: how many costs that are. Empty where layers do not add up or have too many choices.
+- plan_us: microseconds for one random plan by look-up, or by PlanPricer without tables.
+- looked_up: random plans by look-up (PlanPricer.price_choices), without tabulation.
+- million: plans per second of a search that prices a million of them, tabulation included.
+
+Best of three rounds; tabulation once.
 
 With ``--scalesim PYTHON`` the last rows time one small layer (1x1, 160 to 960 channels, 7x7 pixels, 16x16
 array, weight stationary) in SCALE-Sim and in our model in the same run, and say whether both give the same
@@ -30,8 +39,10 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
+from numpy.typing import NDArray
 
-from autocompress.core import Bits, LayerGraph, LayerSpec
+from autocompress.core import Bits, Cost, Knob, LayerGraph, LayerSpec, Problem
+from autocompress.hardware_sim import MacsModel, PlanPricer
 from autocompress.hardware_sim.model import HardwareModel, UnsupportedLayerError
 from autocompress.hardware_sim.table import LayerTable
 from autocompress.hardware_sim.target_file import bundled_targets, load_target
@@ -40,9 +51,21 @@ from autocompress.trace import trace
 
 PLANS_PER_CALL = 20_000
 CALLS = 1
-MAX_SECONDS = 5.0
+MAX_SECONDS = 2.0
+Machine = HardwareModel | MacsModel
 WIDTHS = (Bits(8, 8), Bits(2, 2), Bits(1, 1), Bits(32, 32))
-COLUMNS = ("target", "model", "network", "layers", "bits", "single_per_s", "batched_per_s")
+MILLION = 1_000_000
+SIDES = ("weight_bits", "act_bits")
+MEASURED = (
+    "single_per_s",
+    "batched_per_s",
+    "entries",
+    "tabulate_s",
+    "plan_us",
+    "looked_up_per_s",
+    "million_per_s",
+)
+COLUMNS = ("target", "model", "network", "layers", "bits", *MEASURED)
 SMALL_LAYER = LayerSpec("pw", "conv", 160, 960, in_hw=(7, 7), out_hw=(7, 7), bits=Bits(8, 8))
 SCALESIM_FILES = {
     "speed.cfg": """[general]
@@ -104,7 +127,7 @@ def cpu_seconds(query: Callable[[], Any], times: int) -> float:
     return min(rounds)
 
 
-def runnable(machine: HardwareModel, graph: LayerGraph) -> tuple[LayerGraph, Bits] | None:
+def runnable(machine: Machine, graph: LayerGraph) -> tuple[LayerGraph, Bits] | None:
     """The graph at the widest bits that the target runs; None when it runs none of them."""
     for bits in WIDTHS:
         given = graph.with_bits({layer.name: bits for layer in graph.layers})
@@ -116,38 +139,76 @@ def runnable(machine: HardwareModel, graph: LayerGraph) -> tuple[LayerGraph, Bit
     return None
 
 
-def random_plans(machine: HardwareModel, graph: LayerGraph, widest: Bits) -> dict[str, Any]:
-    """Choices of every channel knob and, where narrower bits run, bits of every layer."""
-    rng = np.random.default_rng(0)
-    sizes = {knob.name: rng.choice(knob.choices, PLANS_PER_CALL) for knob in channel_knobs(graph)}
-    bits = {layer.name: rng.integers(2, 9, PLANS_PER_CALL) for layer in graph.layers}
+def knobs_of(machine: Machine, graph: LayerGraph, widest: Bits) -> list[Knob]:
+    """Every channel knob and, where narrower bits run, bits of every layer."""
+    channels = list(channel_knobs(graph))
     if widest != Bits(8, 8):
-        return {"sizes": sizes}
-    plans = {"sizes": sizes, "weight_bits": bits, "act_bits": bits}
+        return channels
     try:
-        machine.price_plans(graph, **plans)
+        machine(graph.with_bits({layer.name: Bits(2, 2) for layer in graph.layers}))
     except UnsupportedLayerError:
-        return {"sizes": sizes}
+        return channels
+    return channels + [Knob(side, layer.name, tuple(range(2, 9))) for layer in graph.layers for side in SIDES]
+
+
+def random_choices(knobs: list[Knob], *, equal_bits: bool) -> NDArray[np.int64]:
+    """Numbers of choices, shape (plans, knobs)."""
+    rng = np.random.default_rng(0)
+    choices = np.stack([rng.integers(len(knob.choices), size=PLANS_PER_CALL) for knob in knobs], axis=1)
+    for k, knob in enumerate(knobs):
+        if equal_bits and knob.kind == "act_bits":  # follows the weight bits of its layer
+            choices[:, k] = choices[:, k - 1]
+    return choices
+
+
+def as_arrays(knobs: list[Knob], choices: NDArray[np.int64]) -> dict[str, Any]:
+    """Arguments of price_plans."""
+    plans: dict[str, Any] = {}
+    for k, knob in enumerate(knobs):
+        kind = "sizes" if knob.kind == "channels" else knob.kind
+        plans.setdefault(kind, {})[knob.name] = np.array(knob.choices)[choices[:, k]]
     return plans
 
 
-def measure(machine: HardwareModel, network: str, graph: LayerGraph) -> dict[str, Any] | None:
+def measure(machine: Machine, network: str, graph: LayerGraph) -> dict[str, Any] | None:
     found = runnable(machine, graph)
     if found is None:
         return None
     given, bits = found
-    plans = random_plans(machine, given, bits)
-    return {
+    knobs = knobs_of(machine, given, bits)
+    plans = as_arrays(knobs, random_choices(knobs, equal_bits=True))
+    batched = PLANS_PER_CALL / cpu_seconds(lambda: machine.price_plans(given, **plans), CALLS)
+    start = time.process_time()
+    pricer = PlanPricer(machine, given, knobs)
+    seconds = time.process_time() - start
+    choices = random_choices(knobs, equal_bits=False)
+    row = {
         "target": machine.name,
         "model": machine.kind,
         "network": network,
         "layers": len(given.layers),
-        "bits": f"{bits.weight}/{bits.act}" if "weight_bits" not in plans else "2-8",
+        "bits": "2-8" if len(knobs) > len(channel_knobs(given)) else f"{bits.weight}/{bits.act}",
         "single_per_s": round(1 / cpu_seconds(lambda: machine(given), 20)),
-        "batched_per_s": round(
-            PLANS_PER_CALL / cpu_seconds(lambda: machine.price_plans(given, **plans), CALLS)
-        ),
+        "batched_per_s": round(batched),
+        **dict.fromkeys(("entries", "tabulate_s", "looked_up_per_s", "million_per_s"), ""),
+        "plan_us": round(plan_microseconds(pricer, knobs, choices)),
     }
+    if pricer.looks_up:
+        rate = PLANS_PER_CALL / cpu_seconds(lambda: pricer.price_choices(choices), CALLS)
+        million = round(MILLION / (seconds + MILLION / rate))
+        row |= {"entries": pricer.num_entries, "tabulate_s": f"{seconds:.3g}"}
+        row |= {"looked_up_per_s": round(rate), "million_per_s": million}
+    return {column: row[column] for column in COLUMNS}
+
+
+def plan_microseconds(pricer: PlanPricer, knobs: list[Knob], choices: NDArray[np.int64]) -> float:
+    """Time of one of 200 random plans."""
+    problem = Problem(tuple(knobs), (), lambda plan: Cost({}), lambda plan: 0.0)
+    plans = [
+        problem.plan([knob.choices[c] for knob, c in zip(knobs, row, strict=True)]) for row in choices[:200]
+    ]
+    pricer(plans[0])
+    return cpu_seconds(lambda: [pricer(plan) for plan in plans], 1) / len(plans) * 1e6
 
 
 def beside_scalesim(python: str) -> list[dict[str, Any]]:
@@ -186,8 +247,9 @@ def main() -> None:
         for name in ("vgg16", "mobilenet_v2")
     }
     table = []
-    print("".join(f"{column:>18}" for column in COLUMNS))
-    machines = [load_target(path) for path in bundled_targets()]
+    print("".join(f"{column:>18}" for column in COLUMNS), flush=True)
+    by_model = {machine.kind: machine for machine in map(load_target, reversed(bundled_targets()))}
+    machines: list[Machine] = [MacsModel(), *(by_model[kind] for kind in sorted(by_model))]
     rows = (measure(m, name, graph) for m in machines for name, graph in networks.items())
     extra = beside_scalesim(arguments.scalesim) if arguments.scalesim else []
     for row in (*rows, *extra):
