@@ -143,3 +143,10 @@ def test_all_faults_of_the_rules_come_at_once() -> None:
 def test_widths_that_no_grid_has_are_refused(bits: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="must ascend, from 1 to 16 or 32"):
         bit_knobs(graph_of(TinyVGG), weight_bits=bits)
+
+
+def test_each_width_has_an_equal_share_of_the_agents_answers() -> None:
+    (knob, *_) = bit_knobs(graph_of(TinyVGG), first_last="free")
+    answers = [knob.at((i + 0.5) / 7000) for i in range(7000)]
+    assert [answers.count(bits) for bits in knob.choices] == [1000] * 7
+    assert (knob.at(0.0), knob.at(1.0)) == (2, 8)
