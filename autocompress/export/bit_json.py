@@ -1,4 +1,4 @@
-"""Bit-widths and scales of a quantised network as plain JSON, for tools that read neither ONNX nor PyTorch."""
+"""Bit-widths and scales of a quantised network as plain JSON, for tools without ONNX and PyTorch."""
 
 from __future__ import annotations
 
