@@ -82,11 +82,11 @@ def check_quantised_parity(
     num_values, num_otherwise = 0, dict.fromkeys(sessions, 0)
     logits = []
     for chunk in batch.split(_AT_ONCE):  # type: ignore[no-untyped-call]
-        steps, wanted = _steps(network, chunk, zero_points)
-        num_values += sum(step.codes.size for step in steps)
-        logits.append(wanted)
+        wanted = _run_brevitas(network, chunk, zero_points)
+        num_values += sum(step.codes.size for step in wanted.steps)
+        logits.append(wanted.logits)
         for mode, session in sessions.items():
-            num_otherwise[mode] += _compare_steps(path, session, chunk.numpy(), (steps, wanted))
+            num_otherwise[mode] += _compare_steps(path, session, chunk.numpy(), wanted)
     everything = np.concatenate(logits)
     as_written, as_run = (_end_to_end(path, everything, batch, tolerance, mode) for mode in sessions)
     share = num_otherwise[True] / num_values if num_values else 0.0
@@ -124,10 +124,24 @@ class _Step:
     slack: float
 
 
-def _steps(
-    network: nn.Module, images: Tensor, zero_points: dict[str, int]
-) -> tuple[list[_Step], NDArray[np.float32]]:
-    """Every quantised tensor, in execution order, and the logits."""
+@dataclass(frozen=True)
+class _Wanted:
+    """What Brevitas makes of some images.
+
+    Args:
+        steps: every quantised tensor, in execution order.
+        logits: shape (N, classes).
+        maker: what made the logits, for messages.
+        slack: by how much a logit may be off.
+    """
+
+    steps: list[_Step]
+    logits: NDArray[np.float32]
+    maker: str
+    slack: float
+
+
+def _run_brevitas(network: nn.Module, images: Tensor, zero_points: dict[str, int]) -> _Wanted:
     outputs: list[Any] = []
     handle = network.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
@@ -142,7 +156,8 @@ def _steps(
             steps.append(_step(call, maker, zero_points[call.name], depth))
             depth, maker = 0, ""
     logits: Tensor = outputs[-1] if isinstance(outputs[-1], Tensor) else outputs[-1].value
-    return steps, logits.detach().numpy()
+    values = logits.detach().numpy()
+    return _Wanted(steps, values, maker or "its output", _slack(values, depth))
 
 
 def _step(call: Call, maker: str, zero_point: int, depth: int) -> _Step:
@@ -150,15 +165,17 @@ def _step(call: Call, maker: str, zero_point: int, depth: int) -> _Step:
     reads = call.reads if isinstance(call.reads, Tensor) else call.reads.value
     codes = torch.round(call.value.double() / scale) + zero_point
     position = (reads.detach().double() / scale).numpy()
-    slack = _ROUNDING * max(1, depth) * float(np.abs(position).max())
-    return _Step(call.name, maker, codes.numpy().astype(np.uint8), position, slack)
+    return _Step(call.name, maker, codes.numpy().astype(np.uint8), position, _slack(position, depth))
 
 
-def _compare_steps(
-    path: Path, session: Any, images: NDArray[np.float32], wanted: tuple[list[_Step], NDArray[np.float32]]
-) -> int:
+def _slack(values: NDArray[Any], depth: int) -> float:
+    """How far the sums of ``depth`` layers between two quantisers may be off."""
+    return _ROUNDING * max(1, depth) * float(np.abs(values).max())
+
+
+def _compare_steps(path: Path, session: Any, images: NDArray[np.float32], wanted: _Wanted) -> int:
     """How many values fall to the other side of a boundary; raises where something else differs."""
-    steps, logits = wanted
+    steps, logits = wanted.steps, wanted.logits
     given = {session.get_inputs()[0].name: images, **{step.name: step.codes for step in steps}}
     try:
         *made, got = session.run([*(step.name + _MADE for step in steps), "logits"], given)
@@ -179,12 +196,12 @@ def _compare_steps(
                 f"although both were given the same integers. {_REMEDY}"
             )
         num_otherwise += int(differs.sum())
-    allowed = _ROUNDING * float(np.abs(logits).max())
-    if not np.abs(got - logits).max() <= allowed:
+    difference = float(np.abs(got - logits).max())
+    if not difference <= wanted.slack:
         raise ExportError(
-            f"{path} disagrees with the network, first in its logits: they differ by up to "
-            f"{np.abs(got - logits).max():.3g} (allowed {allowed:.3g}) although the last layer was given the "
-            f"same integers. {_REMEDY}"
+            f"{path} disagrees with the network, first at {wanted.maker}: logits differ by up to "
+            f"{difference:.3g} (allowed {wanted.slack:.3g}), although both were given the same integers. "
+            f"{_REMEDY}"
         )
     return num_otherwise
 

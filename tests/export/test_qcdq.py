@@ -247,7 +247,7 @@ def _both(*alterations: Callable[[onnx.ModelProto], None]) -> Callable[[onnx.Mod
     [
         ("eight", _edit_weight("first.3"), "first at layer 'first.3'"),
         ("eight", _both(_edit_weight("down"), _edit_weight("first.0")), "first at layer 'first.0'"),
-        ("eight", _edit_weight("head"), "first in its logits"),
+        ("eight", _edit_weight("head"), "first at layer 'head': logits differ"),
         ("eight", _widen_scale, "first at quantiser 'x_quant8'"),
         ("mixed", _drop_clips, "first at layer 'first.0'"),
     ],
@@ -273,6 +273,16 @@ def test_an_altered_file_is_found_and_the_first_layer_named(
 def test_the_file_of_another_plan_is_refused(written: Written, images: Tensor) -> None:
     with pytest.raises(ExportError, match="another network or plan"):
         check_quantised_parity(written("mixed")[0], written("eight")[1], images[:4])
+
+
+def test_weights_alone_are_integers_between_float_tensors(
+    tables: QuantTables, images: Tensor, tmp_path: Path
+) -> None:
+    net = quantize(tables, Plan(bits={layer: Bits(4, 32) for layer in PLANS["mixed"]}))
+    path = export_qcdq(net, tmp_path / "m.onnx", input_shape=SHAPE)
+    assert check_quantised_parity(net, path, images[:20]).num_tensors == 0
+    assert {tensor.data_type for tensor in _weights(path).values()} == {TensorProto.INT4}
+    assert count_int8(path) == (0, 4)
 
 
 def test_images_that_are_not_finite_are_refused(written: Written, images: Tensor) -> None:
