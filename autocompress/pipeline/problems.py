@@ -93,7 +93,7 @@ def searches_of(recipe: Recipe) -> dict[Stage, SearchSettings]:
     """Who searches in each stage that does."""
     settings: dict[Stage, SearchSettings] = {
         "prune": recipe.search,
-        "quantise": recipe.quantise.search or recipe.search,
+        "quantise": recipe.quantise.search,
     }
     return {stage: chosen for stage, chosen in settings.items() if stage in recipe.stages}
 
@@ -106,12 +106,13 @@ def check_num_plans(recipe: Recipe, problems: Mapping[Stage, Problem]) -> None:
     """
     faults = []
     for stage, settings in searches_of(recipe).items():
+        key = "search" if stage == "prune" else f"{stage}.search"
         num_knobs = len(problems[stage].knobs)
         for name, search in made_searches(settings).items():
             least = least_plans(search, num_knobs)
             if settings.num_plans < least:
                 faults.append(
-                    f"search.num_plans: {name} needs at least {least} for {num_knobs} knobs of stage "
+                    f"{key}.num_plans: {name} needs at least {least} for {num_knobs} knobs of stage "
                     f"{stage}, got {settings.num_plans}"
                 )
     if faults:

@@ -83,7 +83,7 @@ class Recipe(Section):
         stages: what is done, in the order train, prune, finetune, quantise, qat, export; at least one of
             prune and quantise.
         train, prune, search, finetune, quantise, qat, export: settings of the stages; ``search`` is who looks
-            for channels, and for bits where ``quantise.search`` says nothing else.
+            for channels; who looks for bits is ``quantise.search``.
         expected: accuracies the recipe is known to reach.
     """
 
@@ -157,9 +157,11 @@ class Recipe(Section):
 
     @field_validator("search")
     @classmethod
-    def _channels_need_another_search(cls, value: SearchSettings, info: ValidationInfo) -> SearchSettings:
-        if "prune" in info.data.get("stages", ()) and "milp" in (value.algorithm, *value.baselines):
+    def _for_channels(cls, value: SearchSettings, info: ValidationInfo) -> SearchSettings:
+        if "milp" in (value.algorithm, *value.baselines):
             raise ValueError("milp decides bits only; name it in quantise.search, and another one here")
+        if value != SearchSettings() and "prune" not in info.data.get("stages", ("prune",)):
+            raise ValueError("looks for channels, and stages leaves out prune; move it to quantise.search")
         return value
 
     @classmethod

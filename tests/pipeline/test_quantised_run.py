@@ -152,8 +152,8 @@ def test_weights_of_few_values_meet_a_budget_on_bytes(tmp_path: Path) -> None:
     recipe = Recipe.parse(
         "model: digits_vgg\ndata: digits\nthreads: 1\nbudgets: {weight_bytes: 0.12}\n"
         "stages: [train, quantise, qat, export]\ntrain: {epochs: 2, batch_size: 64}\n"
-        "quantise: {method: kmeans, act_bits: [], weight_bits: [1, 2, 3, 4, 5, 6, 7, 8], score_images: 100}\n"
-        "search: {algorithm: random, num_plans: 3}\nqat: {epochs: 1, batch_size: 64}\n"
+        "quantise: {method: kmeans, act_bits: [], weight_bits: [1, 2, 3, 4, 5, 6, 7, 8], score_images: 100,\n"
+        "  search: {algorithm: random, num_plans: 3}}\nqat: {epochs: 1, batch_size: 64}\n"
         "export: {parity_images: 16, latency_runs: 3}"
     )
     result = run_recipe(recipe, out=tmp_path / "run")
@@ -193,7 +193,7 @@ def test_calibration_images_that_are_not_finite_are_refused(tmp_path: Path) -> N
     images = np.random.default_rng(0).standard_normal((60, 1, 8, 8)).astype(np.float32)
     images[7] = np.nan
     samples = [(torch.from_numpy(image), index % 10) for index, image in enumerate(images)]
-    recipe = {"budgets": {"bitops": 0.1}, "stages": ["quantise"], "search": {"num_plans": 2}}
+    recipe = {"budgets": {"bitops": 0.1}, "stages": ["quantise"], "quantise": {"search": {"num_plans": 2}}}
     with pytest.raises(DataError):
         compress(
             build("digits_vgg", num_classes=10, in_channels=1),

@@ -82,6 +82,10 @@ def test_every_fault_is_reported_at_once_in_file_order_with_line_and_column() ->
         ("prune: {budgets: {macs: 0.5}}", "prune: budgets of its own are for recipes with stage quantise"),
         ("search: {algorithm: milp}", "search: milp decides bits only; name it in quantise.search"),
         ("search: {baselines: [milp]}", "search: milp decides bits only; name it in quantise.search"),
+        (
+            "search: {num_plans: 9}\nstages: [train, quantise]",
+            "search: looks for channels, and stages leaves out prune; move it to quantise.search",
+        ),
         ("quantise: {weight_bits: [4, 2]}", "quantise.weight_bits: must be bit-widths in ascending order"),
         ("quantise: {act_bits: [0]}", "quantise.act_bits.0: must be >= 1, got 0"),
         ("quantise: {weight_bits: []}", "quantise.weight_bits: must hold one or more bit-widths up to 16"),
@@ -337,9 +341,12 @@ recipes = st.fixed_dictionaries(
         "search": st.fixed_dictionaries(
             {},
             optional={
-                "algorithm": st.sampled_from(get_args(Algorithm)),
+                "algorithm": st.sampled_from([name for name in get_args(Algorithm) if name != "milp"]),
                 "settings": st.dictionaries(text, scalars | st.lists(scalars), max_size=4),
             },
+        ),
+        "quantise": st.fixed_dictionaries(
+            {"search": st.fixed_dictionaries({}, optional={"algorithm": st.sampled_from(get_args(Algorithm))})}
         ),
         "expected": st.fixed_dictionaries({}, optional={"accuracy_after": st.floats(0.01, 1)}),
         "target": st.sampled_from(["eyeriss", "bismo-zynq7020"]),
@@ -396,6 +403,15 @@ def test_stage_settings_hold_exactly_the_fields_of_train_settings() -> None:
     fields = json.loads(Recipe.parse(SMALL).model_dump_json())
     names = {field.name for field in dataclasses.fields(TrainSettings)}
     assert set(fields["train"]) == set(fields["finetune"]) == set(fields["qat"]) == names
+
+
+def test_bits_are_searched_by_milp_beside_uniform_plans_whoever_searches_channels() -> None:
+    recipe = Recipe.parse(SMALL + "stages: [prune, quantise]\nsearch: {algorithm: greedy, num_plans: 40}")
+    bits = recipe.quantise.search
+    assert (bits.algorithm, bits.num_plans, bits.baselines) == ("milp", 100, ("uniform",))
+    assert (recipe.search.algorithm, recipe.search.num_plans) == ("greedy", 40)
+    some = Recipe.parse(SMALL + "stages: [quantise]\nquantise: {search: {num_plans: 7}}").quantise.search
+    assert (some.algorithm, some.num_plans, some.baselines) == ("milp", 7, ("uniform",))
 
 
 def test_a_recipe_can_name_exactly_the_searches_there_are() -> None:
