@@ -45,6 +45,7 @@ class ActorCriticSearch:
     sigma_end: float = 0.05
     updates_per_step: int = 1
     imitation_steps: int = 4
+    warm_start: bool = True
 
     algorithm: ClassVar[Algorithm]
 

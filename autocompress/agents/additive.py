@@ -1,4 +1,4 @@
-"""What plans cost, as sums of tables over layers."""
+"""The bits that lose least within a budget, when losses add up over knobs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.agents.allocate import allocate_bits
+from autocompress.agents.scaling import uniform_assignments
 from autocompress.core import Metric, Problem, Value
 from autocompress.core.errors import RecipeError
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
-_NUM_CHECKED = 12
-_TOLERANCE = 1e-6
+_NUM_CHECKED = 6
+_NUM_MOVES = 1500  # of the local search; each costs up to one price
+_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -33,27 +34,16 @@ class CostTables:
     constants: dict[Metric, float]
     tables: dict[Metric, tuple[Floats, ...]]
 
-    def total(self, metric: Metric, indices: Sequence[int]) -> float:
-        """The cost when knob ``k`` takes its choice ``indices[k]``."""
-        parts = zip(self.items, self.tables[metric], strict=True)
-        return self.constants[metric] + sum(
-            float(table[tuple(indices[k] for k in knobs)]) for knobs, table in parts
-        )
 
-
-def cost_tables(problem: Problem, around: Sequence[Value] | None = None) -> CostTables:
-    """Tables for every metric of the budgets, from prices of plans that differ in one layer.
-
-    Exact for every plan when the costs add up over layers (see :func:`additive_error`), else for plans that
-    differ from ``around`` in one layer.
+def cost_tables(problem: Problem) -> CostTables:
+    """Tables for every metric of the budgets, from prices of plans in which one layer is changed.
 
     Args:
-        problem: its price is asked once per pair of bits of every layer.
-        around: the choices of the other knobs; their last by default.
+        problem: with costs that add up over layers. Its price is asked once per pair of bits of every layer.
     """
     metrics = list(dict.fromkeys(budget.metric for budget in problem.budgets))
     choices = [knob.choices for knob in problem.knobs]
-    start = list(around) if around is not None else [options[-1] for options in choices]
+    start = [options[-1] for options in choices]
 
     def price(changes: dict[int, Value]) -> Floats:
         values = [changes.get(k, value) for k, value in enumerate(start)]
@@ -84,30 +74,45 @@ def cost_tables(problem: Problem, around: Sequence[Value] | None = None) -> Cost
     )
 
 
-def additive_error(problem: Problem, tables: CostTables) -> float:
-    """The largest relative error of the tables on a few plans: the cheapest, and random ones."""
+def adds_up(problem: Problem) -> bool:
+    """Whether the budgets' costs add up over layers, as far as a few random plans can tell.
+
+    Changing two halves of the layers at once must cost as much as changing each alone, summed.
+    """
     rng = np.random.default_rng(0)
-    sizes = [len(knob.choices) for knob in problem.knobs]
-    worst = 0.0
-    for indices in [[0] * len(sizes), *(rng.integers(sizes).tolist() for _ in range(_NUM_CHECKED))]:
-        cost = problem.price(
-            problem.plan([k.choices[i] for k, i in zip(problem.knobs, indices, strict=True)])
-        )
-        for metric in tables.tables:
-            error = abs(tables.total(metric, indices) - cost[metric])
-            worst = max(worst, error / max(abs(cost[metric]), 1e-300))
-    return worst
+    metrics = [budget.metric for budget in problem.budgets]
+    last = [knob.choices[-1] for knob in problem.knobs]
+    parts = np.array(_parts(problem))
+
+    def price(values: Sequence[Value]) -> Floats:
+        cost = problem.price(problem.plan(values))
+        return np.array([cost[metric] for metric in metrics], np.float64)
+
+    base = price(last)
+    for _ in range(_NUM_CHECKED):
+        drawn = [knob.at(float(rng.uniform())) for knob in problem.knobs]
+        half = rng.permutation(parts.max() + 1)[parts] % 2 == 0
+        one = price([new if here else old for new, old, here in zip(drawn, last, half, strict=True)])
+        other = price([old if here else new for new, old, here in zip(drawn, last, half, strict=True)])
+        if not np.allclose(one + other, price(drawn) + base, rtol=_TOLERANCE, atol=0.0):
+            return False
+    return True
 
 
 class Allocator:
     """The bits that lose least within the budgets of a problem, for losses that add up over knobs.
+
+    Exact where costs add up over layers (:func:`.allocate_bits`). Elsewhere, as in a pipeline that is as slow
+    as its slowest stage, a local search: from the uniform plan, one knob gains a bit and another loses one as
+    long as less is lost and the real price fits. On FINN's pipeline this beat integer programs on fitted or
+    linearised prices (docs/decisions/0007).
 
     Args:
         problem: whose knobs decide bits.
 
     Raises:
         InfeasibleBudgetError: no plan meets the budgets.
-        RecipeError: knobs that do not decide bits, or costs that do not add up over layers.
+        RecipeError: knobs that do not decide bits.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -115,51 +120,96 @@ class Allocator:
         if other := [f"{knob.name!r} decides {knob.kind}" for knob in problem.knobs if not knob.is_bits]:
             raise RecipeError(f"milp decides bits, but {', '.join(other)}; use another search")
         self._problem = problem
-        self._tables = cost_tables(problem)
-        error = additive_error(problem, self._tables)
-        if error > _TOLERANCE:
-            metrics = ", ".join(self._tables.tables)
-            raise RecipeError(
-                f"milp needs costs that add up over layers; such sums miss {metrics} by up to {error:.1%} on "
-                "this target. Budget what does (of a pipeline: luts and brams at a given frames_per_s), or "
-                "use another search"
-            )
-        self._limits = {
-            metric: min(b.limit for b in problem.budgets if b.metric == metric) - constant
-            for metric, constant in self._tables.constants.items()
-        }
+        self._tables = cost_tables(problem) if adds_up(problem) else None
+        self._rng = np.random.default_rng(0)
+        self._starts: list[list[int]] = []
 
     def __call__(self, losses: Sequence[Floats], *, gap: float = 1e-2) -> list[Value]:
         """One choice per knob.
 
         Args:
             losses: per knob, the loss of each choice, shape (choices,).
-            gap: relative distance to the least loss at which the solver may stop.
+            gap: relative distance to the least loss at which an exact solver may stop.
         """
-        items, problem = self._tables.items, self._problem
+        found = self._solved(self._tables, losses, gap) if self._tables else self._exchanged(losses)
+        values = self._values(found)
+        return values if self._problem.feasible(values) else self._problem.bounded(values)
+
+    def _values(self, indices: Sequence[int]) -> list[Value]:
+        return [knob.choices[i] for knob, i in zip(self._problem.knobs, indices, strict=True)]
+
+    @property
+    def exact(self) -> bool:
+        """Whether costs add up, so that plans are optimal up to the gap."""
+        return self._tables is not None
+
+    def _solved(self, costs: CostTables, losses: Sequence[Floats], gap: float) -> list[int]:
+        items = costs.items
         counted = set[int]()
         totals: list[Floats] = []
         for knobs in items:
             parts = [losses[k] if k not in counted else np.zeros_like(losses[k]) for k in knobs]
             counted |= set(knobs)
             totals.append(parts[0] if len(parts) == 1 else np.add.outer(*parts))
-        chosen = allocate_bits(totals, self._tables.tables, self._limits, decisions=items, gap=gap)
+        limits = {
+            metric: min(b.limit for b in self._problem.budgets if b.metric == metric) - constant
+            for metric, constant in costs.constants.items()
+        }
+        chosen = allocate_bits(totals, costs.tables, limits, decisions=items, gap=gap)
         index = {
             k: i
             for knobs, places in zip(items, chosen, strict=True)
             for k, i in zip(knobs, places, strict=True)
         }
-        values = [knob.choices[index[k]] for k, knob in enumerate(problem.knobs)]
-        return values if problem.feasible(values) else problem.bounded(values)
+        return [index[k] for k in range(len(losses))]
+
+    def _exchanged(self, losses: Sequence[Floats]) -> list[int]:
+        """The local search, from the best of the uniform plans and the last result."""
+
+        def loss_of(indices: Sequence[int]) -> float:
+            return sum(float(array[i]) for array, i in zip(losses, indices, strict=True))
+
+        first = not self._starts
+        if first:
+            knobs = self._problem.knobs
+            self._starts = [
+                [k.choices.index(v) for k, v in zip(knobs, values, strict=True)]
+                for values in uniform_assignments(self._problem)
+            ]
+        best = min(self._starts, key=loss_of)
+        for _ in range(_NUM_MOVES):
+            up, down = self._rng.integers(len(best), size=2)
+            moved = list(best)
+            moved[up] = min(moved[up] + 1, len(losses[up]) - 1)
+            if up != down:
+                moved[down] = max(moved[down] - 1, 0)
+            if loss_of(moved) < loss_of(best) and self._problem.feasible(self._values(moved)):
+                best = moved
+        self._starts = [*(self._starts if first else self._starts[:-1]), best]
+        return best
 
 
 def _items(problem: Problem) -> tuple[tuple[int, ...], ...]:
     """Every two knobs that decide one layer, and every knob that decides alone."""
+    pairs = dict.fromkeys(tuple(knobs) for knobs in _deciders(problem) if len(knobs) == 2)
+    paired = {knob for pair in pairs for knob in pair}
+    alone = [(index,) for index in range(len(problem.knobs)) if index not in paired]
+    return (*pairs, *alone)
+
+
+def _parts(problem: Problem) -> list[int]:
+    """For every knob the number of its part; knobs of different parts decide no layer together."""
+    part = list(range(len(problem.knobs)))
+    for knobs in _deciders(problem):
+        joined = {part[k] for k in knobs}
+        part = [min(joined) if p in joined else p for p in part]
+    return [sorted(set(part)).index(p) for p in part]
+
+
+def _deciders(problem: Problem) -> list[list[int]]:
+    """The knobs that decide each layer."""
     deciders: dict[str, list[int]] = {}
     for index, knob in enumerate(problem.knobs):
         for layer in knob.bit_layers:
             deciders.setdefault(layer, []).append(index)
-    pairs = dict.fromkeys(tuple(knobs) for knobs in deciders.values() if len(knobs) == 2)
-    paired = {knob for pair in pairs for knob in pair}
-    alone = [(index,) for index in range(len(problem.knobs)) if index not in paired]
-    return (*pairs, *alone)
+    return list(deciders.values())

@@ -22,7 +22,16 @@ _LEAST_TOLD = (
     0.01  # of what a knob would add by default: what is told to be harmless may still be learnt about
 )
 _PLANS_PER_PROBE = 1.5
-_NUM_DRAWS = 8
+_DOUBTS = (
+    0.0,
+    0.0,
+    0.3,
+    0.6,
+    1.2,
+    1.2,
+    2.4,
+    2.4,
+)  # of a belief from which only plans already tried are drawn
 
 
 @dataclass(frozen=True)
@@ -110,13 +119,18 @@ class BitPlanner:
         while True:
             before = len(self._tried)
             yield from self._new("milp", [self._allocate(self._belief.expected())])
-            for _ in range(_NUM_DRAWS):
-                drawn = self._allocate(self._belief.drawn(self._rng))
+            for doubt in _DOUBTS:
+                drawn = self._allocate(self._doubted(self._belief.drawn(self._rng), doubt))
                 if tuple(drawn) not in self._tried:
                     yield "draw", drawn
                     break
             if len(self._tried) == before:
                 return
+
+    def _doubted(self, losses: Sequence[Floats], doubt: float) -> list[Floats]:
+        """Losses of which every knob's may be wrong by a factor, log-normal with deviation ``doubt``."""
+        factors = np.exp(doubt * self._rng.standard_normal(len(losses)))
+        return [factor * array for factor, array in zip(factors, losses, strict=True)]
 
     def _new(self, source: str, plans: Sequence[list[Value]]) -> Iterator[Proposal]:
         yield from ((source, values) for values in plans if tuple(values) not in self._tried)

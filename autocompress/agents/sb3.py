@@ -41,8 +41,9 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from autocompress.agents.actor_critic import ActorCriticSearch
 from autocompress.agents.baselines import recorded, require_plans
-from autocompress.agents.scaling import scaled_to_budget
-from autocompress.core import Problem, SearchResult, Trial, TrialCallback
+from autocompress.agents.milp import BitPlanner, Proposal
+from autocompress.agents.scaling import scaled_to_budget, uniform_assignments
+from autocompress.core import Problem, SearchResult, Trial, TrialCallback, Value
 from autocompress.core.errors import DivergenceError, RecipeError
 from autocompress.envs import ChannelPruningEnv, LayerwiseEnv, MixedPrecisionEnv
 from autocompress.envs.layerwise import Vector
@@ -204,17 +205,21 @@ def search(
     rehearsal = env_for(replace(problem, evaluate=lambda plan: 0.0))
     learner = Learner(settings, rehearsal, num_plans, seed)
     rng = np.random.default_rng([seed, 0])
-    num_warmup = max(1, min(100, num_plans // 4))
+    warm_up = WarmUp(problem, rng, seed=seed, planned=settings.warm_start)
+    num_warmup = max(1, min(100, num_plans // 4), min(warm_up.num_fixed, num_plans - 1))
     trials = []
     for index in range(num_plans - 1):
         if index < num_warmup:
-            source, fractions = _warm_up(problem, index, rng)
+            source, values = warm_up.propose()
         else:
             sigma = _sigma(settings, (index - num_warmup) / max(_EXPLORED_SHARE * num_plans - num_warmup, 1))
-            source, fractions = "explore", _noisy(play(rehearsal, learner.act), sigma, rng)
-        episode = play(env, _fixed(problem, fractions))
+            fractions = _noisy(play(rehearsal, learner.act), sigma, rng)
+            source, values = "explore", scaled_to_budget(problem, fractions.tolist())
+        episode = play(env, _fixed(problem, values))
         learner.remember(episode)
         trials.append(recorded(replace(episode.trial, index=index, source=source), callbacks))
+        if index < num_warmup:
+            warm_up.observe(values, episode.trial.score)
         if index + 1 >= num_warmup:
             learner.learn()
     final = play(env, learner.act).trial
@@ -234,7 +239,7 @@ def env_for(problem: Problem) -> LayerwiseEnv:
     if kinds == {"channels"}:
         return ChannelPruningEnv(problem)
     if kinds <= {"weight_bits", "act_bits"}:
-        return MixedPrecisionEnv(problem)
+        return MixedPrecisionEnv(problem, enforce="sweep")
     raise RecipeError(
         f"learned searches decide channels or bits, this problem has {', '.join(sorted(kinds))}; search them "
         "one after the other, or use random or greedy"
@@ -253,21 +258,65 @@ def play(env: LayerwiseEnv, policy: Policy) -> Episode:
     return Episode(np.stack(states), info["bounded_actions"], reward, info["trial"])
 
 
-def _fixed(problem: Problem, fractions: NDArray[np.float64]) -> Policy:
-    """A policy that plays the given fractions, scaled to the budget."""
-    values = scaled_to_budget(problem, fractions.tolist())
+def _fixed(problem: Problem, values: Sequence[Value]) -> Policy:
+    """A policy that plays an assignment within budget."""
     actions = [2 * k.fraction_of(v) - 1 for k, v in zip(problem.knobs, values, strict=True)]
     return lambda state, step: actions[step]
 
 
-def _warm_up(problem: Problem, index: int, rng: np.random.Generator) -> tuple[str, NDArray[np.float64]]:
-    num_knobs = len(problem.knobs)
-    if index == 0:
-        return "uniform", np.ones(num_knobs)
-    if index % 2:
-        jittered = 1 + _JITTER * rng.standard_normal(num_knobs)
-        return "jitter", np.maximum(jittered, _SMALLEST_FRACTION)
-    return "warm-up", rng.uniform(_SMALLEST_FRACTION, 1, num_knobs)
+class WarmUp:
+    """The plans to learn from before the actor is worth following.
+
+    Args:
+        problem: what is searched.
+        rng: draws jittered and random plans.
+        seed: of the planner.
+        planned: whether bits come from :class:`~autocompress.agents.milp.BitPlanner`, as long as it has new
+            plans. Else the uniform plans come first, then jittered and random ones in turn.
+
+    Attributes:
+        num_fixed: plans that every search starts with.
+    """
+
+    def __init__(self, problem: Problem, rng: np.random.Generator, *, seed: int, planned: bool) -> None:
+        self._problem, self._rng = problem, rng
+        self._uniform = uniform_assignments(problem)
+        self._num_proposed = 0
+        self._planner = None
+        if planned and any(knob.is_bits for knob in problem.knobs):
+            self._planner = BitPlanner(problem, seed)
+            self._plans = self._planner.proposals(probe=False)
+        self.num_fixed = len(self._uniform) + (self._planner is not None)
+
+    def propose(self) -> Proposal:
+        """Source and assignment of the next plan."""
+        index = self._num_proposed
+        self._num_proposed += 1
+        if self._planner and (planned := next(self._plans, None)):
+            return planned
+        if index < len(self._uniform):
+            return "uniform", self._uniform[index]
+        num_knobs = len(self._problem.knobs)
+        if (index - len(self._uniform)) % 2:
+            source, fractions = "warm-up", self._rng.uniform(_SMALLEST_FRACTION, 1, num_knobs)
+        else:
+            source, fractions = "jitter", self._jittered()
+        return source, scaled_to_budget(self._problem, fractions.tolist())
+
+    def observe(self, values: Sequence[Value], score: float) -> None:
+        """Learn from the score of the plan proposed last."""
+        if self._planner:
+            self._planner.observe(values, score)
+
+    def _jittered(self) -> NDArray[np.float64]:
+        """Channels: a share off the common fraction. Bits: one bit off the uniform plan."""
+        noise = self._rng.standard_normal(len(self._problem.knobs))
+        knobs = zip(self._problem.knobs, self._uniform[0], noise, strict=True)
+        jittered = [
+            knob.fraction_of(value) + one / len(knob.choices) if knob.is_bits else 1 + _JITTER * one
+            for knob, value, one in knobs
+        ]
+        return np.maximum(jittered, _SMALLEST_FRACTION)
 
 
 def _sigma(settings: ActorCriticSearch, progress: float) -> float:
