@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,13 +14,16 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from autocompress.core.errors import DataError, RecipeError
-from autocompress.nas.spaces import Space
+from autocompress.nas.spaces import Darts, Space
+from autocompress.nas.spaces.darts import EDGES_PER_NODE
 from autocompress.nas.spaces.space import ABSENT
 from autocompress.nas.supernet.gates import Mixture
 from autocompress.nas.supernet.network import Supernet
 
-Live = Mapping[str, Sequence[str]]
+Operations = dict[str, tuple[str, ...]]
 """Decision -> operations that are left."""
+Indicators = Callable[[Operations], tuple[float, float]]
+"""Condition number and number of regions of the supernet of some operations."""
 _EPS = 1e-12
 _DIGITS = 3
 
@@ -102,8 +105,8 @@ class Removal:
 
 
 def prune_by_importance(
-    live: Live,
-    indicators: Callable[[dict[str, tuple[str, ...]]], tuple[float, float]],
+    live: Mapping[str, Sequence[str]],
+    indicators: Indicators,
     *,
     num_pruned: int = 1,
 ) -> tuple[dict[str, str], tuple[Removal, ...]]:
@@ -133,23 +136,61 @@ def prune_by_importance(
     left = {name: tuple(ops) for name, ops in live.items()}
     removals: list[Removal] = []
     while any(len(ops) > 1 for ops in left.values()):
-        whole = indicators(left)
         items = [(name, op) for name, ops in left.items() if len(ops) > 1 for op in ops]
-        changes = []
-        for name, op in items:
-            without = indicators({**left, name: tuple(o for o in left[name] if o != op)})
-            changes.append([_change(a, b) for a, b in zip(whole, without, strict=True)])
-        by_kappa, by_regions = np.array(changes).T
-        importance = rankdata(-by_kappa, "dense") + rankdata(by_regions, "dense")
-        for name in [n for n, ops in left.items() if len(ops) > 1]:
-            own = sorted(
-                (importance[i], left[name].index(op)) for i, (n, op) in enumerate(items) if n == name
-            )
-            for rank, index in own[: min(num_pruned, len(own) - 1)]:
-                removals.append(Removal(name, left[name][index], float(rank)))
-            gone = {left[name][index] for _, index in own[: min(num_pruned, len(own) - 1)]}
-            left[name] = tuple(op for op in left[name] if op not in gone)
+        without = [{**left, name: tuple(o for o in left[name] if o != op)} for name, op in items]
+        importance = dict(zip(items, importances(left, without, indicators), strict=True))
+        for name, ops in list(left.items()):
+            count = min(num_pruned, len(ops) - 1)
+            own = {op: importance[name, op] for op in ops} if count else {}
+            least = sorted(own, key=own.__getitem__)[:count]
+            removals += [Removal(name, op, importance[name, op]) for op in least]
+            left[name] = tuple(op for op in ops if op not in least)
     return {name: ops[0] for name, ops in left.items()}, tuple(removals)
+
+
+def keep_edges(
+    arch: Mapping[str, str],
+    edges_into_nodes: Sequence[Sequence[str]],
+    indicators: Indicators,
+    *,
+    num_kept: int,
+) -> dict[str, str]:
+    """Give every node its most important edges and set the others to ``none``.
+
+    The importance of an edge is that of an operation, ranked among all edges at once (TE-NAS' last step in
+    DARTS' space).
+
+    Args:
+        arch: an operation on every edge.
+        edges_into_nodes: the decisions of the edges of each node.
+        indicators: see :func:`prune_by_importance`.
+        num_kept: edges per node.
+    """
+    left: Operations = {name: (op,) for name, op in arch.items()}
+    edges = [name for node in edges_into_nodes for name in node]
+    without: list[Operations] = [{**left, name: ("none",)} for name in edges]
+    importance = dict(zip(edges, importances(left, without, indicators), strict=True))
+    kept = dict(arch)
+    for node in edges_into_nodes:
+        for name in sorted(node, key=lambda n: -importance[n])[num_kept:]:
+            kept[name] = "none"
+    return kept
+
+
+def importances(whole: Operations, parts: Sequence[Operations], indicators: Indicators) -> list[float]:
+    """For each part of a whole, how much is lost with what it lacks: a sum of two ranks, shared by equals.
+
+    Args:
+        whole: decision -> operations.
+        parts: the same, each with something taken out.
+        indicators: (condition number, regions).
+    """
+    before = indicators(whole)
+    changes = np.array(
+        [[_change(a, b) for a, b in zip(before, indicators(part), strict=True)] for part in parts]
+    )
+    ranks = rankdata(-changes[:, 0], "dense") + rankdata(changes[:, 1], "dense")
+    return [float(rank) for rank in ranks]
 
 
 def _change(whole: float, without: float) -> float:
@@ -195,6 +236,8 @@ class TENAS:
     def __call__(self, *, seed: int) -> tuple[dict[str, str], tuple[Removal, ...]]:
         """The member that is left and the removals in order; ``none`` is taken out first.
 
+        In DARTS' space every node then keeps two edges.
+
         Args:
             seed: of the weights.
         """
@@ -202,38 +245,47 @@ class TENAS:
             name: tuple(op for op in ops if op not in ABSENT)
             for name, ops in self.ntk_space.decisions.items()
         }
-        arch, removals = prune_by_importance(
-            live, lambda left: self.indicators(left, seed=seed), num_pruned=self.num_pruned
-        )
+        indicators = self.indicators(seed)
+        arch, removals = prune_by_importance(live, indicators, num_pruned=self.num_pruned)
+        if isinstance(self.ntk_space, Darts):
+            nodes = self.ntk_space.edges_into_nodes
+            arch = keep_edges(arch, nodes, indicators, num_kept=EDGES_PER_NODE)
         return arch, removals
 
-    def indicators(self, live: Live, *, seed: int) -> tuple[float, float]:
+    def indicators(self, seed: int) -> Indicators:
         """Condition number and regions of the supernet of some operations, means over fresh weights.
 
-        The same weights are drawn for every set of operations, so that differences are the operations'.
+        All sets of operations have the same weights, so that differences are the operations'.
         """
-        kappas, regions = [], []
-        for draw in range(self.num_draws):
-            kappas.append(
-                condition_number(_narrowed(self.ntk_space, live, seed + draw, "fan_out"), self.images)
-            )
-            network = _narrowed(self.region_space, live, seed + draw, "fan_in")
-            regions.append(num_linear_regions(network, self.region_images))
-        return float(np.mean(kappas)), float(np.mean(regions))
+        draws = range(seed, seed + self.num_draws)
+        ntk_nets = [_initialised(self.ntk_space, draw, "fan_out") for draw in draws]
+        region_nets = [_initialised(self.region_space, draw, "fan_in") for draw in draws]
+
+        def measured(live: Operations) -> tuple[float, float]:
+            for supernet in (*ntk_nets, *region_nets):
+                supernet.use(_equal_shares(supernet.space, live))
+            kappas = [condition_number(net, self.images) for net in ntk_nets]
+            regions = [num_linear_regions(net, self.region_images) for net in region_nets]
+            return float(np.mean(kappas)), float(np.mean(regions))
+
+        return measured
 
 
-def _narrowed(space: Space, live: Live, seed: int, fan: str) -> Supernet:
-    """A supernet of some operations, each with the same weight in the mixture."""
+def _initialised(space: Space, seed: int, fan: Literal["fan_in", "fan_out"]) -> Supernet:
+    """A supernet with normal weights after He et al., arXiv 1502.01852, in training mode."""
     supernet = Supernet(space, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for module in supernet.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(module.weight, mode=fan, generator=generator)  # type: ignore[arg-type]
+            nn.init.kaiming_normal_(module.weight, mode=fan, generator=generator)
+    return supernet.train()
+
+
+def _equal_shares(space: Space, live: Operations) -> dict[str, Mixture]:
     gates = {}
     for name, ops in space.decisions.items():
         chosen = tuple(ops.index(op) for op in live[name])
         values = torch.zeros(len(ops))
         values[list(chosen)] = 1 / len(chosen)
         gates[name] = Mixture(values, chosen)
-    supernet.use(gates)
-    return supernet.train()
+    return gates

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 from torch import nn
 
 from autocompress.hardware_sim import MacsModel
@@ -110,3 +114,29 @@ def test_scores_are_repeatable_leave_the_network_alone_and_rank_no_network_above
     assert math.isfinite(first)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_synflow_ranks_cells_as_well_as_the_published_scores_of_the_same_cells(shared: Path) -> None:
+    published = json.loads((shared / "data/nas/zc_nasbench201.json").read_text())["cifar10"]
+    known = {key: scores for key, scores in published.items() if "synflow" in scores}
+    keys = [str(key) for key in np.random.default_rng(0).permutation(sorted(known))[:100]]
+    operations = ("skip_connect", "none", "nor_conv_3x3", "nor_conv_1x1", "avg_pool_3x3")
+    space, ours = NASBench201(), []
+    for number, key in enumerate(keys):
+        codes = [int(code) for code in key.strip("()").split(",")]
+        arch = {
+            name: operations[code]
+            for name, code in zip(sorted(space.decisions, key=edge), codes, strict=True)
+        }
+        ours.append(synflow(space.build(arch, seed=number), torch.zeros(1, 3, 32, 32), torch.zeros(1)))
+    accuracy = [known[key]["val_accuracy"] for key in keys]
+    theirs = spearmanr([known[key]["synflow"]["score"] for key in keys], accuracy).statistic
+    assert spearmanr(ours, accuracy).statistic == pytest.approx(theirs, abs=0.1)
+    assert theirs > 0.5
+
+
+def edge(name: str) -> tuple[int, int]:
+    """Edges by source and then by target, the order of the published tuples."""
+    source, target = name.removeprefix("cell.").split("_")
+    return int(source), int(target)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from autocompress.core import Bits
+from autocompress.core import Bits, Budget, Plan
 from autocompress.core.errors import CheckpointError, DataError, DivergenceError, RecipeError
-from autocompress.hardware_sim import load_target
+from autocompress.hardware_sim import MacsModel, load_target
+from autocompress.nas.evolution import RegularizedEvolution
 from autocompress.nas.spaces import (
     Darts,
     Layout,
@@ -20,6 +21,7 @@ from autocompress.nas.spaces import (
     NASBench201,
     Space,
     Stage,
+    arch_problem,
     mbconv_chain,
     operation_costs,
 )
@@ -30,6 +32,7 @@ from autocompress.nas.supernet import (
     Adam,
     CostTerm,
     Method,
+    PathScore,
     ProxylessNAS,
     SearchEpoch,
     SearchSettings,
@@ -217,3 +220,24 @@ def test_the_network_found_on_digits_is_at_least_as_good_as_ten_random_ones_of_n
         return evaluate(network, data.test).accuracy
 
     assert retrained(found.arch) >= np.mean([retrained(arch) for arch in cheaper])
+
+
+def test_paths_through_a_trained_supernet_score_members_for_any_target_without_training() -> None:
+    data = digits(200)
+    search = SupernetSearch(ProxylessNAS(alpha=FAST), SearchSettings(epochs=2, batch_size=32))
+    supernet = search(TINY, data, seed=0).supernet
+    score = PathScore(supernet, data.search, batch_size=100)
+    before = bits(supernet)
+    arch = TINY.random(np.random.default_rng(0))
+    member = supernet.member(arch).train()  # batch statistics, as the supernet
+    x, y = data.search.batch(torch.arange(100), None)
+    with torch.no_grad():
+        right = (member(x).argmax(1) == y).double().mean()
+    assert PathScore(supernet, subset(data.search, np.arange(100)))(Plan(arch)) == pytest.approx(float(right))
+    for target, metric in ((MacsModel(), "macs"), (load_target("titan-x-pascal"), "latency_ms")):
+        problem = arch_problem(TINY, target, [Budget(metric, 0.7)], evaluate=score)
+        best = RegularizedEvolution(population=5, sample=2)(problem, num_plans=10, seed=0).best
+        assert problem.meets_budgets(best.cost)
+    assert bits(supernet) == before
+    with pytest.raises(RecipeError, match="batch_size"):
+        PathScore(supernet, data.search, batch_size=1)

@@ -10,8 +10,14 @@ import torch
 from torch import nn
 
 from autocompress.core.errors import DataError, RecipeError
-from autocompress.nas.spaces import Layout, MBConvChain, NASBench201, Stage
-from autocompress.nas.te_nas import TENAS, condition_number, num_linear_regions, prune_by_importance
+from autocompress.nas.spaces import Darts, Layout, MBConvChain, NASBench201, Stage
+from autocompress.nas.te_nas import (
+    TENAS,
+    condition_number,
+    keep_edges,
+    num_linear_regions,
+    prune_by_importance,
+)
 
 
 def test_the_condition_number_of_a_linear_model_is_that_of_its_data_squared() -> None:
@@ -144,3 +150,26 @@ def test_batch_statistics_are_used_and_the_network_is_left_as_it_was() -> None:
     num_linear_regions(model, images)
     assert all(np.array_equal(a, p.detach()) for a, p in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_every_node_keeps_the_edges_whose_loss_would_cost_most() -> None:
+    # Taking edge i out lowers kappa by k and regions by r: importance = rank of k descending + rank of r.
+    k, r = {"a": 3, "b": 1, "c": 2, "d": 4}, {"a": 1, "b": 4, "c": 3, "d": 2}
+
+    def indicators(left: dict[str, tuple[str, ...]]) -> tuple[float, float]:
+        present = [name for name, ops in left.items() if ops != ("none",)]
+        return 10.0 + sum(k[n] for n in present), 10.0 + sum(r[n] for n in present)
+
+    # Sums: a 2+1, b 4+4, c 3+3, d 1+2.
+    kept = keep_edges(dict.fromkeys("abcd", "op"), [("a", "b", "c"), ("d",)], indicators, num_kept=2)
+    assert kept == {"a": "none", "b": "op", "c": "op", "d": "op"}
+
+
+@pytest.mark.slow
+def test_te_nas_in_darts_space_leaves_two_edges_per_node() -> None:
+    space = Darts((1, 4, 4), 2, channels=2, num_cells=3)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 1, 4, 4, generator=generator)
+    search = TENAS(space, space, images, images, num_draws=1, num_pruned=7)
+    arch, _ = search(seed=0)
+    assert all(sum(arch[name] != "none" for name in node) == 2 for node in space.edges_into_nodes)

@@ -33,7 +33,7 @@ _OPERATIONS = (
 )
 _WIRING = Wiring(num_inputs=2, num_nodes=4, concatenates=True)
 KINDS = ("normal", "reduce")
-_EDGES_PER_NODE = 2
+EDGES_PER_NODE = 2
 _STEM_MULTIPLIER = 3
 
 
@@ -180,6 +180,15 @@ class Darts(Space):
         """See :class:`Space`."""
         return tuple(site.place(edge) for site in self.sites for edge in _WIRING.edges)
 
+    @property
+    def edges_into_nodes(self) -> tuple[tuple[str, ...], ...]:
+        """The decisions of the edges into each node, of which the paper's members keep two."""
+        return tuple(
+            tuple(decision_of(kind, (source, target)) for source in range(target))
+            for kind in KINDS
+            for target in _WIRING.nodes
+        )
+
     def _needed(self, plans: Mapping[str, CellPlan]) -> set[int]:
         """Numbers of the cells that the output depends on; -1 and -2 are the stem."""
         needed = {self.num_cells - 1}
@@ -250,11 +259,9 @@ class Darts(Space):
     def random(self, generator: np.random.Generator) -> dict[str, str]:
         """A member of the paper's space: per node two edges and an operation on each, drawn uniformly."""
         arch = dict.fromkeys(self.decisions, "none")
-        for kind in KINDS:
-            for target in _WIRING.nodes:
-                for source in generator.choice(target, _EDGES_PER_NODE, replace=False):
-                    operation = _OPERATIONS[1 + int(generator.integers(len(_OPERATIONS) - 1))]
-                    arch[decision_of(kind, (int(source), target))] = operation
+        for edges in self.edges_into_nodes:
+            for source in generator.choice(len(edges), EDGES_PER_NODE, replace=False):
+                arch[edges[int(source)]] = _OPERATIONS[1 + int(generator.integers(len(_OPERATIONS) - 1))]
         return arch
 
     def derive(self, probabilities: Mapping[str, NDArray[np.float64]]) -> dict[str, str]:
@@ -266,12 +273,10 @@ class Darts(Space):
             probabilities: decision -> shape (operations,).
         """
         arch = dict.fromkeys(self.decisions, "none")
-        for kind in KINDS:
-            for target in _WIRING.nodes:
-                names = [decision_of(kind, (source, target)) for source in range(target)]
-                names.sort(key=lambda name: -float(np.max(probabilities[name][1:])))
-                for name in names[:_EDGES_PER_NODE]:
-                    arch[name] = _OPERATIONS[1 + int(np.argmax(probabilities[name][1:]))]
+        for edges in self.edges_into_nodes:
+            strongest = sorted(edges, key=lambda name: -float(np.max(probabilities[name][1:])))
+            for name in strongest[:EDGES_PER_NODE]:
+                arch[name] = _OPERATIONS[1 + int(np.argmax(probabilities[name][1:]))]
         return arch
 
 

@@ -4,6 +4,7 @@ from autocompress.nas.supernet.darts import DARTS
 from autocompress.nas.supernet.expected_cost import CostTerm
 from autocompress.nas.supernet.gdas import GDAS
 from autocompress.nas.supernet.network import Supernet
+from autocompress.nas.supernet.path_score import PathScore
 from autocompress.nas.supernet.proxyless import ProxylessNAS
 from autocompress.nas.supernet.reports import SearchEpoch, SearchSettings
 from autocompress.nas.supernet.search import SupernetResult, SupernetSearch
@@ -15,6 +16,7 @@ __all__ = [
     "Adam",
     "CostTerm",
     "Method",
+    "PathScore",
     "ProxylessNAS",
     "SearchEpoch",
     "SearchSettings",

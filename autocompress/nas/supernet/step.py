@@ -88,22 +88,32 @@ class Step:
 
 
 class Method(Protocol):
-    """A way to learn a supernet's distribution; plain settings, deterministic given the step's generator.
+    """A way to learn a supernet's distribution; plain settings, deterministic given the step's generator."""
 
-    Attributes:
-        alpha: how the logits are updated.
-        every: weight steps per architecture step.
-        affine: whether BatchNorm scales and shifts inside operations during the search.
-        max_skips: the search ends when the derived cell, reduction cells apart, has that many skip
-            connections.
-        skip_dropout: rate at which skip connections are dropped at the start; falls linearly to 0.
-    """
+    @property
+    def alpha(self) -> Adam:
+        """How the logits are updated."""
+        ...
 
-    alpha: Adam
-    every: int
-    affine: bool
-    max_skips: int | None
-    skip_dropout: float
+    @property
+    def every(self) -> int:
+        """Weight steps per architecture step."""
+        ...
+
+    @property
+    def affine(self) -> bool:
+        """Whether BatchNorm scales and shifts inside operations during the search."""
+        ...
+
+    @property
+    def max_skips(self) -> int | None:
+        """The search ends when the derived cell, reduction cells apart, has that many skip connections."""
+        ...
+
+    @property
+    def skip_dropout(self) -> float:
+        """Rate at which skip connections are dropped at the start; falls linearly to 0."""
+        ...
 
     def weight_gates(self, supernet: Supernet, generator: torch.Generator, progress: float) -> None:
         """Set the supernet's gates for a step of the weights."""
