@@ -191,9 +191,13 @@ def _name_nodes(graph: Any, calls: list[Call]) -> None:
     The graph must be as the exporter left it: layers and quantisers stand in the order of their calls.
     """
     fixed = {tensor.name for tensor in graph.initializer}
-    weights = {node.output[0]: node for node in graph.node if node.input and node.input[0] in fixed}
+    weights: dict[str, Any] = {}  # output of a weight's quantiser, or of its transposition -> the quantiser
+    for node in graph.node:
+        if node.input and all(name in fixed for name in node.input):
+            fixed.add(node.output[0])
+            weights[node.output[0]] = weights.get(node.input[0], node)
     placed = {
-        "layer": [n for n in graph.node if n.op_type in PRODUCTS and n.input[1] in fixed | set(weights)],
+        "layer": [n for n in graph.node if n.op_type in PRODUCTS and n.input[1] in fixed],
         "quantiser": [n for n in graph.node if n.op_type in QUANTISERS and n.input[0] not in fixed],
     }
     names: dict[int, str] = {}
@@ -223,12 +227,14 @@ def _clean(proto: Any) -> Any:
     from qonnx.transformation.fold_constants import FoldConstants
     from qonnx.transformation.infer_datatypes import InferDataTypes
     from qonnx.transformation.infer_shapes import InferShapes
+    from qonnx.transformation.quant_constant_folding import FoldTransposeIntoQuantInit
 
     wrapped = ModelWrapper(proto)
     for step in (
         InferShapes(),
         general.GiveUniqueParameterTensors(),
         FoldConstants(exclude_op_types=[*QUANTISERS]),
+        FoldTransposeIntoQuantInit(),
         general.RemoveUnusedTensors(),
         general.RemoveStaticGraphInputs(),
         general.GiveReadableTensorNames(),
