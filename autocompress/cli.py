@@ -288,6 +288,8 @@ def _show_result(result: Result) -> None:
             f"ONNX Runtime against PyTorch on {result.export['num_images']:.0f} images: largest difference "
             f"{result.export['max_abs_diff']:.1e}, top-1 agreement {agreement:.1%}"
         )
+    for name, file in result.files.items():
+        out.print(f"{escape(name)}: {file['bytes']:,} bytes, {escape(file['about'])}", soft_wrap=True)
     for shortfall in shortfalls(result):
         err.print(f"[yellow]warning:[/] {escape(shortfall)}", soft_wrap=True)
     if result.run_dir is not None:

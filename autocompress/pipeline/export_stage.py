@@ -14,24 +14,31 @@ from torch import Tensor, fx, nn
 from autocompress.core import LayerGraph, Plan
 from autocompress.core.errors import InfeasibleBudgetError
 from autocompress.export import (
+    CodebookWeight,
+    GridWeight,
     check_parity,
     check_quantised_parity,
     count_int8,
     export_onnx,
     export_qcdq,
     measure_latency,
+    packed_weights,
+    write_bit_json,
+    write_packed,
 )
 from autocompress.hardware_sim.finn_dataflow import FinnDataflow
 from autocompress.pipeline.problems import Candidate
 from autocompress.pipeline.progress import Event
 from autocompress.pipeline.stages import Run
 from autocompress.training import batches
-from autocompress.zoo import save_weights
+from autocompress.zoo import named_tensors, save_weights
 
 logger = logging.getLogger(__name__)
 
 OPSET, QUANTISED_OPSET = 18, 21
 """Operator sets where the recipe names none; 21 can hold weights of 4 bits in 4 bits."""
+PACKED = "model.packed.safetensors"
+"""Weights in as many bits as the plan gives them; all that a run of method kmeans needs to be loaded."""
 
 
 @dataclass
@@ -64,7 +71,7 @@ def export(run: Run, candidate: Candidate, compressed: nn.Module, plan: Plan) ->
     """
     recipe, shape, folder = run.prepared.recipe, run.prepared.data.input_shape, run.directory.path
     done = Exported()
-    save_weights(compressed, folder / "model.safetensors")
+    done.files |= _weight_files(compressed, plan, folder)
     if "export" not in recipe.stages:
         return done
     settings = recipe.export
@@ -86,12 +93,46 @@ def export(run: Run, candidate: Candidate, compressed: nn.Module, plan: Plan) ->
             done.files[paths[name].name] = _entry(paths[name], about[name])
         if integers and settings.qonnx:
             done.files |= _hardware_files(candidate, compressed, plan, images, folder)
+        if integers:
+            path = write_bit_json(compressed, folder / "bits.json", input_shape=shape)
+            done.files[path.name] = _entry(path, "bits, scale and range of every tensor")
         run.on_event(Event("export", 3, 3))
     return done
 
 
 def _entry(path: Path, about: str, **more: Any) -> dict[str, Any]:
     return {"about": about, "bytes": path.stat().st_size, **more}
+
+
+def _weight_files(model: nn.Module, plan: Plan, folder: Path) -> dict[str, dict[str, Any]]:
+    """The weights for PyTorch, and packed where the plan gives them bits.
+
+    Shared values are written packed only: unpacked they take as much as before.
+    """
+    files = {}
+    weights: dict[str, CodebookWeight | GridWeight] = {**packed_weights(model)}
+    shared = {} if weights else _shared_weights(model, plan)
+    if not shared:
+        path = folder / "model.safetensors"
+        save_weights(model, path)
+        files[path.name] = _entry(path, "the network after, for PyTorch")
+    if weights or shared:
+        path = write_packed(folder / PACKED, weights | shared, named_tensors(model))
+        files[path.name] = _entry(path, "its weights, packed in the bits of the plan")
+    return files
+
+
+def _shared_weights(model: nn.Module, plan: Plan) -> dict[str, CodebookWeight | GridWeight]:
+    """The weights of few values as numbers of a codebook, by layer."""
+    modules = dict(model.named_modules())
+    shared: dict[str, CodebookWeight | GridWeight] = {}
+    for name, bits in plan.bits.items():
+        if bits.weight < 32:
+            weight = modules[name].weight
+            assert isinstance(weight, Tensor)
+            values, indices = torch.unique(weight.detach().cpu(), return_inverse=True)
+            shared[name] = CodebookWeight(indices, values)
+    return shared
 
 
 def _shape(images: Tensor) -> tuple[int, int, int]:

@@ -19,8 +19,9 @@ from autocompress.core.errors import (
     RunDirectoryError,
     UnsupportedModelError,
 )
+from autocompress.export import read_packed
 from autocompress.pipeline import stages
-from autocompress.pipeline.export_stage import export
+from autocompress.pipeline.export_stage import PACKED, export
 from autocompress.pipeline.outcome import check_prediction, layer_table, outcome
 from autocompress.pipeline.prepare import inputs_of, prepare, prepare_own
 from autocompress.pipeline.progress import OnEvent, silent
@@ -138,7 +139,13 @@ def load_compressed(model: nn.Module, run_dir: Path | str) -> nn.Module:
             small = unfilled(small, result.plan, structure, read_safetensors(weights)[0])
     except (ValueError, KeyError, UnsupportedModelError) as fault:
         raise CheckpointError(f"{path} was made from another network: {fault}") from fault
-    load_weights(small, weights)
+    if weights.exists() or not (path / PACKED).exists():
+        load_weights(small, weights)
+        return small.eval()
+    try:
+        small.load_state_dict(read_packed(path / PACKED))
+    except RuntimeError as fault:
+        raise CheckpointError(f"{path} was made from another network: {fault}") from fault
     return small.eval()
 
 

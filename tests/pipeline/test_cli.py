@@ -199,6 +199,8 @@ def test_run_prints_the_table_and_the_report_can_be_written_again(
     assert code == 0
     for expected in ("Test accuracy", "MACs", "Parameters", "ONNX file (bytes)", "Latency", "report.html"):
         assert expected in out
+    for name in ("model.onnx", "original.onnx", "model.safetensors"):
+        assert f"{name}: {(work / 'done' / name).stat().st_size:,} bytes" in out
     (work / "done" / "report.html").unlink()
     assert command(capsys, "report", "done")[0] == 0
     assert (work / "done" / "report.html").stat().st_size > 10_000

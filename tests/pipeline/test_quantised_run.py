@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from autocompress.core import Bits, Ledger, Plan
 from autocompress.core.errors import CheckpointError, InfeasibleBudgetError, UnsupportedModelError
+from autocompress.export import read_packed
 from autocompress.hardware_sim import load_target
 from autocompress.pipeline import Event, Recipe, compress, load_compressed, resume, run_recipe
 from autocompress.trace import trace
@@ -100,7 +102,15 @@ def test_uniform_bits_are_scored_beside_the_searches(straight: Path) -> None:
     assert points[-1]["score"] > points[0]["score"]
 
 
-@pytest.mark.parametrize("stage", ["prune random", "quantise ddpg", "qat", "export"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param("prune random", marks=pytest.mark.slow),
+        "quantise ddpg",
+        "qat",
+        pytest.param("export", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_interrupted_in_any_stage_and_resumed_equals_the_straight_run(
     straight: Path, tmp_path: Path, stage: str
 ) -> None:
@@ -118,6 +128,25 @@ def test_a_run_interrupted_in_any_stage_and_resumed_equals_the_straight_run(
     assert rows == other_rows
     assert weights.keys() == other_weights.keys()
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+def test_packed_weights_take_the_plans_bits_and_are_what_the_network_computes_with(straight: Path) -> None:
+    result = json.loads((straight / "result.json").read_text())
+    plan = Plan.from_json((straight / "plan.json").read_text())
+    network = load_compressed(build("digits_vgg", num_classes=10, in_channels=1), straight)
+    modules = dict(network.named_modules())
+    packed = read_packed(straight / "model.packed.safetensors")
+    stored = load_file(straight / "model.packed.safetensors")
+    for name, bits in plan.bits.items():
+        weight = packed[f"{name}.weight"]
+        assert torch.equal(weight, modules[name].quant_weight().value)  # type: ignore[operator]
+        assert len(stored[f"{name}.weight.codes"]) == math.ceil(weight.numel() * bits.weight / 8)
+    grids = json.loads((straight / "bits.json").read_text())["layers"]
+    assert {n: (g["weight"]["bits"], g["input"]["bits"]) for n, g in grids.items()} == {
+        name: (bits.weight, bits.act) for name, bits in plan.bits.items()
+    }
+    for name, file in result["files"].items():
+        assert file["bytes"] == (straight / name).stat().st_size
 
 
 def test_the_report_shows_bits_what_layers_cost_and_what_training_gave_back(straight: Path) -> None:
@@ -161,6 +190,15 @@ def test_weights_of_few_values_meet_a_budget_on_bytes(tmp_path: Path) -> None:
     assert result.predicted["after"]["weight_bytes"] <= limit == result.budgets["weight_bytes"]
     network = load_compressed(build("digits_vgg", num_classes=10, in_channels=1), tmp_path / "run")
     assert evaluate(network, load_data("digits").test).accuracy == result.after["accuracy"]
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    path = tmp_path / "run" / "model.packed.safetensors"
+    tensors = network.state_dict()
+    rest = sum(t.numel() * t.element_size() for n, t in tensors.items() if n[:-7] not in result.plan.bits)
+    headers = 300 * (len(tensors) + len(result.plan.bits))
+    assert result.files[path.name]["bytes"] == path.stat().st_size
+    assert path.stat().st_size <= result.predicted["after"]["weight_bytes"] + rest + headers
+    with pytest.raises(CheckpointError):
+        load_compressed(build("digits_mobilenet", num_classes=10, in_channels=1), tmp_path / "run")
     modules = dict(network.named_modules())
     assert set(result.plan.bits) > {"features.3", "classifier"}
     for name, bits in result.plan.bits.items():

@@ -346,7 +346,11 @@ recipes = st.fixed_dictionaries(
             },
         ),
         "quantise": st.fixed_dictionaries(
-            {"search": st.fixed_dictionaries({}, optional={"algorithm": st.sampled_from(get_args(Algorithm))})}
+            {
+                "search": st.fixed_dictionaries(
+                    {}, optional={"algorithm": st.sampled_from(get_args(Algorithm))}
+                )
+            }
         ),
         "expected": st.fixed_dictionaries({}, optional={"accuracy_after": st.floats(0.01, 1)}),
         "target": st.sampled_from(["eyeriss", "bismo-zynq7020"]),
