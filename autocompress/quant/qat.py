@@ -20,8 +20,8 @@ from autocompress.quant.skeleton import Layer
 from autocompress.quant.ste import LearnedGrid, rounded_bias
 from autocompress.quant.tables import QuantTables
 
-# Shares of the learning rate that thresholds get, as square roots; benchmarks/qat_ablation.py.
-_WEIGHT_RATE, _ACT_RATE = 1.0, 0.1
+# Square root of the share of the learning rate that thresholds get; benchmarks/qat_ablation.py.
+_THRESHOLD_RATE = 0.3
 _SMALLEST_GAIN = 1e-6  # of BatchNorm; below it a channel is as good as constant
 
 _NORMS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Linear: nn.BatchNorm1d}
@@ -66,7 +66,7 @@ class QatNetwork(nn.Module):
 
         def make_quantiser(source: str, bits: int) -> nn.Module:
             grid = tables.calibration.grid(source, bits)
-            grids[source, bits] = LearnedGrid(grid, rate=_ACT_RATE)
+            grids[source, bits] = LearnedGrid(grid, rate=_THRESHOLD_RATE)
             return grids[source, bits]
 
         def make_layer(layer: str, bits: Bits) -> nn.Module:
@@ -188,7 +188,7 @@ class _TrainedLayer(nn.Module):
         own = replace(grid, threshold=grid.threshold / unit)
         # The bits are in the name, so that a checkpoint of other bits does not fit.
         self._name = f"grid{grid.bits}"
-        self.add_module(self._name, LearnedGrid(own, rate=_WEIGHT_RATE, weights=True))
+        self.add_module(self._name, LearnedGrid(own, rate=_THRESHOLD_RATE, weights=True))
         self.weight = nn.Parameter(original.weight.detach() / unit)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.norm: Any = None

@@ -19,8 +19,9 @@ class LearnedGrid(nn.Module):
     decay, which spares vectors and scalars, does not shrink it. Power-of-two grids round the exponent.
 
     Gradients: 1 for values inside the grid and 0 for values it clips; for the threshold that of learned step
-    sizes (Esser et al., LSQ, arXiv 1902.08153, equation 3), the same that Brevitas derives. Differs from the
-    paper in the logarithm, which takes the place of its gradient scale. Signed grids of one bit pass
+    sizes (Esser et al., LSQ, arXiv 1902.08153, equation 3), as Brevitas derives it. Differs from the paper in
+    the logarithm, which takes the place of its gradient scale, and in that whatever rounds to an end lies
+    inside. Signed grids of one bit pass
     gradients up to the threshold where they round activations, and always where they round weights.
 
     Args:

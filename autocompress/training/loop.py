@@ -178,8 +178,8 @@ def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int) -> f
 def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.SGD:
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if _decays(p)], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if not _decays(p)], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.SGD(
         groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0
@@ -189,6 +189,11 @@ def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.SGD:
         for parameter in trained:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def _decays(parameter: Tensor) -> bool:
+    """Whether a parameter holds weights, not one value per channel: a bias, a gain, a quantiser's threshold."""
+    return parameter.ndim > 1 and parameter.numel() > len(parameter)
 
 
 @contextmanager

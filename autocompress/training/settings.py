@@ -17,7 +17,7 @@ class TrainSettings:
         batch_size: samples per step.
         lr: peak learning rate.
         momentum: of SGD.
-        weight_decay: on weights; BatchNorm and biases have none.
+        weight_decay: on weights; what holds one value per channel (biases, BatchNorm, thresholds) has none.
         label_smoothing: share of the target spread over all classes.
         warmup_epochs: epochs in which the learning rate rises linearly.
         mixed_precision: forward passes in bfloat16 with channels last.
