@@ -155,7 +155,7 @@ class _Rewriting:
         from onnx import NodeProto
 
         bias = self.values.get(node.input[2])
-        grid = None if bias is None else _narrowest(bias)
+        grid = None if bias is None else narrowest(bias)
         if grid is None:
             self.faults.append(
                 f"layer {node.name!r} has a bias that {_MAX_BIAS_BITS} bits cannot hold; give the layer "
@@ -224,7 +224,7 @@ def _exponent(scale: NDArray[Any]) -> int:
     return math.frexp(float(scale.max()))[1] - 1
 
 
-def _narrowest(values: NDArray[Any]) -> FixedPoint | None:
+def narrowest(values: NDArray[Any]) -> FixedPoint | None:
     """The narrowest fixed-point type that holds some numbers exactly; None beyond 32 bits."""
     if not np.any(values):
         return FixedPoint(1, 0, True)

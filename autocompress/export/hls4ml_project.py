@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -56,8 +57,8 @@ def convert_with_hls4ml(
         raise ExportError(
             "this needs the package hls4ml; install it with: pip install 'autocompress[fpga]'"
         ) from None
-    model, precisions = hls4ml_graph(path)
     with _silent():
+        model, precisions = hls4ml_graph(path)
         try:
             config = hls4ml.utils.config_from_onnx_model(
                 model, granularity="name", backend=backend, default_precision="fixed<16,6>"
@@ -112,6 +113,7 @@ def check_hls4ml_parity(project: Any, logits: Tensor, images: Tensor) -> float:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Keep hls4ml's prints off the user's screen."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    """Keep the prints of hls4ml and the warnings of qonnx off the user's screen."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield

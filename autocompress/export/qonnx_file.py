@@ -84,8 +84,8 @@ def check_qonnx_installed() -> None:
 
 
 def identifier(name: str) -> str:
-    """A module name as it appears in the file: letters, digits and underscores, for the sake of C++."""
-    return re.sub(r"\W+", "_", name.strip("/"))
+    """A module name as it appears in the file: an identifier, for the sake of C++."""
+    return re.sub(r"\W|^(?=\d)", "_", name)
 
 
 def constants(graph: Any) -> dict[str, NDArray[Any]]:
