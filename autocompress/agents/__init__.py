@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from autocompress.agents.actor_critic import DDPGSearch, SACSearch, TD3Search
+from autocompress.agents.actor_critic import HAQ_SETTINGS, DDPGSearch, SACSearch, TD3Search
 from autocompress.agents.allocate import allocate_bits
 from autocompress.agents.baselines import Greedy, RandomSearch, Uniform, least_plans
 from autocompress.agents.milp import MilpSearch
@@ -15,6 +15,7 @@ from autocompress.core.errors import RecipeError
 from autocompress.core.wording import did_you_mean
 
 __all__ = [
+    "HAQ_SETTINGS",
     "SEARCHES",
     "DDPGSearch",
     "Greedy",

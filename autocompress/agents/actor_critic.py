@@ -12,19 +12,32 @@ from autocompress.core.errors import RecipeError
 
 Algorithm = Literal["ddpg", "td3", "sac"]
 
+HAQ_SETTINGS: dict[str, Any] = {
+    "hidden": (300, 300),
+    "sigma": 0.5,
+    "sigma_end": 0.004,
+    "imitation_steps": 0,
+    "warm_start": False,
+}
+"""HAQ's settings of ``ddpg`` where they differ from the defaults and are settings here. Its released code
+explores with 0.5 times 0.99 per episode for 600 episodes, learns with 1e-4 (actor) and 1e-3 (critic), and
+warms up with 20 random episodes."""
+
 
 @dataclass(frozen=True)
 class ActorCriticSearch:
     """Learns a network that maps what is known of a knob to its choice; base of DDPG, TD3 and SAC.
 
-    Plans in order: the uniform one; warm-up plans (a quarter of all, at most 100), in turn jittered
-    around the uniform one and wholly random; plans explored around the actor; last, the actor's own
-    deterministic episode, which is ``SearchResult.policy``. Trials are marked ``uniform``, ``jitter``,
-    ``warm-up``, ``explore`` and ``policy``.
+    Channels are decided in a ``ChannelPruningEnv``, bits in a ``MixedPrecisionEnv`` that sweeps. Plans in
+    order: the uniform ones; warm-up plans (a quarter of all, at most 100); plans explored around the actor;
+    last, the actor's own deterministic episode, which is ``SearchResult.policy``. Warm-up plans are, in turn,
+    jittered around the uniform one and wholly random; of bits, with ``warm_start``, they are those of
+    ``milp``, which come before the uniform ones. Trials are marked ``uniform``, ``jitter``, ``warm-up``,
+    ``explore`` and ``policy``, those of ``milp`` as there.
 
     Exploration adds truncated normal noise to the fractions the actor chooses. Its standard deviation
     falls exponentially from ``sigma`` after the warm-up to ``sigma_end`` at 80 % of the plans. All but
-    the last plan are scaled by a common factor to spend the budget.
+    the last plan are moved together to spend the budget.
 
     Args:
         hidden: units per hidden layer of actor and critic.
@@ -33,6 +46,8 @@ class ActorCriticSearch:
         sigma, sigma_end: standard deviation of the exploration, in fractions of the choices.
         updates_per_step: gradient steps of actor and critic per decision, taken after each episode.
         imitation_steps: further steps of the actor per decision, towards the actions of the best episodes.
+        warm_start: whether the first plans of bits are those of the search ``milp``, but for its measuring of
+            single knobs. Changes nothing for channels.
 
     Raises:
         RecipeError: a setting is out of range; names all of them.
@@ -66,6 +81,7 @@ class ActorCriticSearch:
                 self.imitation_steps,
                 self.imitation_steps == 0 or _are_counts([self.imitation_steps]),
             ),
+            ("warm_start must be true or false", self.warm_start, isinstance(self.warm_start, bool)),
         ]
         faults = [f"{rule}, got {value!r}" for rule, value, holds in rules if not holds]
         if not faults and self.sigma_end > self.sigma:
@@ -84,7 +100,8 @@ class ActorCriticSearch:
 
         Raises:
             InfeasibleBudgetError: no plan meets the budgets.
-            ValueError: ``num_plans`` is below 2, or knobs lack the features of ``ChannelPruningEnv``.
+            RecipeError: knobs of kinds that no environment decides together.
+            ValueError: ``num_plans`` is below 2, or knobs lack the features of their environment.
             DivergenceError: rewards or network weights are not finite.
         """
         from autocompress.agents import sb3

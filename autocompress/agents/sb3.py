@@ -197,7 +197,8 @@ def search(
 
     Raises:
         InfeasibleBudgetError: no plan meets the budgets.
-        ValueError: ``num_plans`` is below 2, or knobs lack the features of ``ChannelPruningEnv``.
+        RecipeError: knobs of kinds that no environment decides together.
+        ValueError: ``num_plans`` is below 2, or knobs lack the features of their environment.
         DivergenceError: rewards or network weights are not finite.
     """
     require_plans(settings, num_plans, problem)

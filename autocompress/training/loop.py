@@ -192,7 +192,7 @@ def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.SGD:
 
 
 def _decays(parameter: Tensor) -> bool:
-    """Whether a parameter holds weights, not one value per channel: a bias, a gain, a quantiser's threshold."""
+    """Whether a parameter holds weights, not one value per channel (bias, gain, threshold)."""
     return parameter.ndim > 1 and parameter.numel() > len(parameter)
 
 

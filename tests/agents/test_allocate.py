@@ -5,60 +5,29 @@ import sys
 
 import numpy as np
 import pytest
+from hawq_problem import OPTIMA, hawq_tables, limit_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from measured_devices import rows_of
 
 from autocompress.agents import allocate_bits
+from autocompress.core import Metric
 from autocompress.core.errors import InfeasibleBudgetError
 
-METRICS = ("weight_bytes", "bitops", "latency_ms")
-
-
-def hawq():
-    """Losses and costs at 4 and 8 bits of HAWQ-V3's ResNet-18, and the name of every layer's decision."""
-    rows = rows_of("hawq_resnet18.csv")
-    column = {key: np.array([float(row[key]) for row in rows]) for key in rows[0] if key != "tie"}
-    loss = column["trace"][:, None] * np.stack([column["error4"], column["error8"]], axis=1)
-    size, macs = column["params"] / 1024**2, column["macs"] / 1e6
-    cost = {
-        "weight_bytes": np.stack([size / 2, size], axis=1),
-        "bitops": np.stack([macs / 64, macs / 16], axis=1),  # the notebook's unit
-        "latency_ms": np.stack([column["latency4"], column["latency8"]], axis=1),
-    }
-    return loss, cost, [(row["tie"],) for row in rows]
-
-
-def limit_at(table, fraction):
-    four, eight = table.sum(axis=0)
-    return four + fraction * (eight - four)
+METRICS: tuple[Metric, ...] = ("weight_bytes", "bitops", "latency_ms")
 
 
 def solved(metric, fraction):
-    loss, cost, ties = hawq()
+    loss, cost, ties = hawq_tables()
     limits = {metric: limit_at(cost[metric], fraction)}
     chosen = [i for (i,) in allocate_bits(list(loss), {metric: list(cost[metric])}, limits, decisions=ties)]
     assert cost[metric][np.arange(19), chosen].sum() <= limits[metric] * (1 + 1e-12)
     return chosen, loss[np.arange(19), chosen].sum()
 
 
-# algorithms.md 14.1: limits, optima and numbers of 8-bit layers, found there by enumeration of all 2**16.
-@pytest.mark.parametrize(
-    ("metric", "fraction", "limit", "optimum", "num_eight"),
-    [
-        ("weight_bytes", 0.25, 6.65039, 0.118300, 14),
-        ("weight_bytes", 0.5, 7.98047, 0.074506, 16),
-        ("weight_bytes", 0.75, 9.31055, 0.033441, 17),
-        ("bitops", 0.25, 46.36262, 0.460424, 5),
-        ("bitops", 0.5, 66.23232, 0.215689, 10),
-        ("bitops", 0.75, 86.10202, 0.079965, 15),
-        ("latency_ms", 0.25, 3.69743, 0.460424, 5),
-        ("latency_ms", 0.5, 4.24618, 0.202674, 12),
-        ("latency_ms", 0.75, 4.79493, 0.079965, 15),
-    ],
-)
+@pytest.mark.parametrize(("metric", "fraction", "limit", "optimum", "num_eight"), OPTIMA)
 def test_the_nine_optima_of_hawq_v3s_resnet18_are_found(metric, fraction, limit, optimum, num_eight):
-    assert limit_at(hawq()[1][metric], fraction) == pytest.approx(limit, abs=1e-5)
+    assert limit_at(hawq_tables()[1][metric], fraction) == pytest.approx(limit, abs=1e-5)
     chosen, loss = solved(metric, fraction)
     assert loss == pytest.approx(optimum, abs=5e-7)
     assert sum(chosen) == num_eight
@@ -70,7 +39,7 @@ def test_half_the_bit_operations_gives_the_bits_known_to_be_best():
 
 
 def test_all_limits_at_once_hold_and_cost_at_least_as_much_loss_as_each_alone():
-    loss, cost, ties = hawq()
+    loss, cost, ties = hawq_tables()
     limits = {metric: limit_at(cost[metric], 0.5) for metric in METRICS}
     chosen = [
         i for (i,) in allocate_bits(list(loss), {m: list(cost[m]) for m in METRICS}, limits, decisions=ties)
@@ -82,7 +51,7 @@ def test_all_limits_at_once_hold_and_cost_at_least_as_much_loss_as_each_alone():
 
 
 def test_a_limit_that_everything_just_meets_allows_everything():
-    loss, cost, ties = hawq()
+    loss, cost, ties = hawq_tables()
     limits = {"latency_ms": float(cost["latency_ms"][:, 1].sum())}
     chosen = allocate_bits(list(loss), {"latency_ms": list(cost["latency_ms"])}, limits, decisions=ties)
     assert chosen == [(1,)] * 19

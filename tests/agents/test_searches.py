@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hawq_problem import hawq_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autocompress.agents import SEARCHES, Greedy, RandomSearch, Uniform, make_search, sb3
-from autocompress.agents.scaling import scaled_to_budget
+from autocompress.agents import SEARCHES, Greedy, MilpSearch, RandomSearch, Uniform, make_search, sb3
+from autocompress.agents.scaling import scaled_to_budget, uniform_assignments
 from autocompress.core import Budget, Cost, Knob, Ledger, Problem
 from autocompress.core.errors import DivergenceError, InfeasibleBudgetError, RecipeError
 from autocompress.envs import ChannelPruningEnv
@@ -111,6 +112,61 @@ def test_learned_searches_assess_exactly_the_plans_asked_for(name):
     sources = [trial.source for trial in result.trials]
     assert sources == ["uniform", "jitter", "warm-up", *["explore"] * 11, "policy"]
     assert result.policy == result.trials[-1].plan
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_searches_on_bits_start_from_planned_and_uniform_plans(name):
+    problem, *_ = bits_problem(0, num_layers=2)
+    uniform = [problem.plan(values) for values in uniform_assignments(problem)]
+    result = make_search(name, {})(problem, num_plans=12, seed=0)
+    assert [trial.source for trial in result.trials[:2]] == ["milp", "uniform"]
+    assert result.trials[0].plan == MilpSearch()(problem, num_plans=1, seed=0).best.plan
+    assert {trial.plan for trial in result.trials} >= set(uniform)
+    assert [trial.source for trial in result.trials[-2:]] == ["explore", "policy"]
+    assert result.policy == result.trials[-1].plan
+    plain = make_search(name, {"warm_start": False})(problem, num_plans=12, seed=0)
+    assert [trial.plan for trial in plain.trials[: len(uniform)]] == uniform
+    assert {trial.source for trial in plain.trials} <= {"uniform", "jitter", "warm-up", "explore", "policy"}
+
+
+def test_learned_searches_refuse_channels_and_bits_in_one_problem():
+    channels, bits = two_layers(lambda plan: 0.5), bits_problem(0, num_layers=2)[0]
+    mixed = replace(channels, knobs=(*channels.knobs, *bits.knobs))
+    with pytest.raises(
+        RecipeError, match="channels or bits, this problem has act_bits, channels, weight_bits"
+    ):
+        make_search("ddpg", {})(mixed, num_plans=5, seed=0)
+
+
+def test_a_resumed_search_on_bits_tries_the_same_plans():
+    problem, *_ = bits_problem(3, num_layers=2)
+    calls = []
+    counted = replace(problem, evaluate=lambda plan: calls.append(plan) or problem.evaluate(plan))
+    with Ledger(":memory:") as ledger:
+        recorded = ledger.in_front_of(counted)
+        for name in ("ddpg", "milp"):
+            first, again = (make_search(name, {})(recorded, num_plans=14, seed=0) for _ in range(2))
+            assert [t.plan for t in first.trials] == [t.plan for t in again.trials]
+    assert len(calls) == len(set(calls))
+
+
+@pytest.mark.slow
+def test_the_trained_actor_decides_bits_better_than_random_and_uniform_plans():
+    problem, best, _ = bits_problem(1, num_layers=7)
+    learned = make_search("ddpg", {"warm_start": False})(problem, num_plans=200, seed=1)
+    random = make_search("random", {})(problem, num_plans=200, seed=1)
+    uniform = make_search("uniform", {})(problem, num_plans=200, seed=1).best.score
+    scores = [trial.score for trial in random.trials]
+    assert learned.trials[-1].score > (np.mean(scores) + best) / 2
+    assert learned.best.score > max(uniform, *scores)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("metric", "optimum"), [("bitops", 0.215689), ("latency_ms", 0.202674)])
+def test_ddpg_comes_within_5_percent_of_the_optimum_of_hawq_v3s_resnet18_in_300_episodes(metric, optimum):
+    problem = hawq_problem(metric, 0.5)
+    result = make_search("ddpg", {"warm_start": False})(problem, num_plans=300, seed=0)
+    assert optimum - 1e-6 <= -result.best.score <= 1.05 * optimum
 
 
 @pytest.mark.parametrize("name", LEARNED)

@@ -231,6 +231,27 @@ def test_one_step_is_that_of_nesterov_sgd_without_decay_on_biases_and_norms() ->
         assert torch.allclose(theirs[name], expected, atol=1e-6), name
 
 
+class _Scaled(nn.Module):
+    """Weights, and a scale per channel of the shape that quantisers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 2, 6, 6, generator=torch.Generator().manual_seed(0)))
+        self.scale = nn.Parameter(torch.full((3, 1, 1, 1), 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Gradients without effect, so that decay alone is seen.
+        return F.conv2d(x, self.weight * self.scale).flatten(1) * 1e-12
+
+
+def test_decay_shrinks_weights_and_no_scales_of_channels() -> None:
+    model, plain = _Scaled(), _Scaled()
+    settings = TrainSettings(epochs=1, batch_size=60, lr=0.1, momentum=0.0, weight_decay=0.01)
+    fit(model, _data(), settings, seed=0)
+    assert torch.equal(model.scale, plain.scale)
+    torch.testing.assert_close(model.weight, plain.weight * (1 - 0.1 * 0.01))
+
+
 def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine() -> None:
     settings = TrainSettings(epochs=5, lr=0.4, warmup_epochs=1)
     rates = [learning_rate(settings, step, 10) for step in range(50)]
