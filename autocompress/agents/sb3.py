@@ -52,6 +52,7 @@ _ALGORITHMS = {"ddpg": DDPG, "td3": TD3, "sac": SAC}
 _JITTER = 0.2  # standard deviation of the jittered uniform plans, relative to the uniform fraction
 _EXPLORED_SHARE = 0.8  # share of the plans after which the noise has fallen to sigma_end
 _ELITE_SHARE, _LEAST_ELITE = 0.05, 5  # episodes worth imitating, as a share of all plans and at least
+_FIRST_LESSONS = 10
 _SMALLEST_FRACTION = 0.01  # keeps common factors finite
 
 Policy = Callable[[Vector, int], float]
@@ -222,7 +223,9 @@ def search(
         if index < num_warmup:
             warm_up.observe(values, episode.trial.score)
         if index + 1 >= num_warmup:
-            learner.learn()
+            # An actor that has not yet caught up with planned plans would explore far from them.
+            for _ in range(_FIRST_LESSONS if warm_up.is_planned and index + 1 == num_warmup else 1):
+                learner.learn()
     final = play(env, learner.act).trial
     trials.append(recorded(replace(final, index=num_plans - 1, source="policy"), callbacks))
     return SearchResult(tuple(trials), final.plan)
@@ -276,6 +279,7 @@ class WarmUp:
             plans. Else the uniform plans come first, then jittered and random ones in turn.
 
     Attributes:
+        is_planned: whether plans come from a planner.
         num_fixed: plans that every search starts with.
     """
 
@@ -287,7 +291,8 @@ class WarmUp:
         if planned and any(knob.is_bits for knob in problem.knobs):
             self._planner = BitPlanner(problem, seed)
             self._plans = self._planner.proposals(probe=False)
-        self.num_fixed = len(self._uniform) + (self._planner is not None)
+        self.is_planned = self._planner is not None
+        self.num_fixed = len(self._uniform) + self.is_planned
 
     def propose(self) -> Proposal:
         """Source and assignment of the next plan."""
