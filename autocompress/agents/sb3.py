@@ -16,7 +16,10 @@ transition after each episode, gamma 1. Differs from the paper in
   well. ``imitation_steps=0`` turns them off;
 * exploration: noise is scaled by a common factor that spends the budget, so that no layer starves;
   it starts at 0.25 where AMC starts at 0.5;
-* warm-up: the uniform plan and jittered copies are among the warm-up plans;
+* warm-up: the uniform plans and jittered copies are among the warm-up plans; those of bits come from an
+  integer program that learns from scores (``warm_start``), which is worth more than all the rest here
+  (docs/decisions/0007);
+* bits: HAQ's sweep keeps the budget, and the bits it leaves are what is stored as the action, not the wish;
 * one learning rate and 64 units where AMC has 1e-4 (actor), 1e-3 (critic) and 300 units.
 
 The networks are tiny, so they stay on the CPU, where results are equal for equal seeds.
@@ -41,19 +44,17 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from autocompress.agents.actor_critic import ActorCriticSearch
 from autocompress.agents.baselines import recorded, require_plans
-from autocompress.agents.milp import BitPlanner, Proposal
-from autocompress.agents.scaling import scaled_to_budget, uniform_assignments
+from autocompress.agents.scaling import scaled_to_budget
+from autocompress.agents.warm_up import SMALLEST_FRACTION, WarmUp
 from autocompress.core import Problem, SearchResult, Trial, TrialCallback, Value
 from autocompress.core.errors import DivergenceError, RecipeError
 from autocompress.envs import ChannelPruningEnv, LayerwiseEnv, MixedPrecisionEnv
 from autocompress.envs.layerwise import Vector
 
 _ALGORITHMS = {"ddpg": DDPG, "td3": TD3, "sac": SAC}
-_JITTER = 0.2  # standard deviation of the jittered uniform plans, relative to the uniform fraction
 _EXPLORED_SHARE = 0.8  # share of the plans after which the noise has fallen to sigma_end
 _ELITE_SHARE, _LEAST_ELITE = 0.05, 5  # episodes worth imitating, as a share of all plans and at least
 _FIRST_LESSONS = 10
-_SMALLEST_FRACTION = 0.01  # keeps common factors finite
 
 Policy = Callable[[Vector, int], float]
 
@@ -268,63 +269,6 @@ def _fixed(problem: Problem, values: Sequence[Value]) -> Policy:
     return lambda state, step: actions[step]
 
 
-class WarmUp:
-    """The plans to learn from before the actor is worth following.
-
-    Args:
-        problem: what is searched.
-        rng: draws jittered and random plans.
-        seed: of the planner.
-        planned: whether bits come from :class:`~autocompress.agents.milp.BitPlanner`, as long as it has new
-            plans. Else the uniform plans come first, then jittered and random ones in turn.
-
-    Attributes:
-        is_planned: whether plans come from a planner.
-        num_fixed: plans that every search starts with.
-    """
-
-    def __init__(self, problem: Problem, rng: np.random.Generator, *, seed: int, planned: bool) -> None:
-        self._problem, self._rng = problem, rng
-        self._uniform = uniform_assignments(problem)
-        self._num_proposed = 0
-        self._planner = None
-        if planned and any(knob.is_bits for knob in problem.knobs):
-            self._planner = BitPlanner(problem, seed)
-            self._plans = self._planner.proposals(probe=False)
-        self.is_planned = self._planner is not None
-        self.num_fixed = len(self._uniform) + self.is_planned
-
-    def propose(self) -> Proposal:
-        """Source and assignment of the next plan."""
-        index = self._num_proposed
-        self._num_proposed += 1
-        if self._planner and (planned := next(self._plans, None)):
-            return planned
-        if index < len(self._uniform):
-            return "uniform", self._uniform[index]
-        num_knobs = len(self._problem.knobs)
-        if (index - len(self._uniform)) % 2:
-            source, fractions = "warm-up", self._rng.uniform(_SMALLEST_FRACTION, 1, num_knobs)
-        else:
-            source, fractions = "jitter", self._jittered()
-        return source, scaled_to_budget(self._problem, fractions.tolist())
-
-    def observe(self, values: Sequence[Value], score: float) -> None:
-        """Learn from the score of the plan proposed last."""
-        if self._planner:
-            self._planner.observe(values, score)
-
-    def _jittered(self) -> NDArray[np.float64]:
-        """Channels: a share off the common fraction. Bits: one bit off the uniform plan."""
-        noise = self._rng.standard_normal(len(self._problem.knobs))
-        knobs = zip(self._problem.knobs, self._uniform[0], noise, strict=True)
-        jittered = [
-            knob.fraction_of(value) + one / len(knob.choices) if knob.is_bits else 1 + _JITTER * one
-            for knob, value, one in knobs
-        ]
-        return np.maximum(jittered, _SMALLEST_FRACTION)
-
-
 def _sigma(settings: ActorCriticSearch, progress: float) -> float:
     return float(settings.sigma * (settings.sigma_end / settings.sigma) ** min(progress, 1.0))
 
@@ -334,4 +278,4 @@ def _noisy(episode: Episode, sigma: float, rng: np.random.Generator) -> NDArray[
     mean = (episode.actions.astype(np.float64) + 1) / 2
     low, high = (0 - mean) / sigma, (1 - mean) / sigma
     drawn: NDArray[np.float64] = truncnorm.rvs(low, high, mean, sigma, random_state=rng)
-    return np.maximum(drawn, _SMALLEST_FRACTION)
+    return np.maximum(drawn, SMALLEST_FRACTION)
