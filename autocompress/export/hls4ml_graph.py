@@ -89,8 +89,10 @@ class _Rewriting:
         for node in list(self.graph.node):
             if node.op_type in QUANTISERS:
                 self._check_quantiser(node)
-            elif node.op_type in PRODUCTS and len(node.input) > 2:
-                self._quantise_bias(node)
+            elif node.op_type in PRODUCTS:
+                self._check_layer(node)
+            elif node.op_type == "Add" and any(name in self.values for name in node.input):
+                self._quantise_bias(node, int(node.input[1] in self.values))
             elif node.op_type in ("GlobalAveragePool", "AveragePool"):
                 self._pool(node, precisions)
         source = self.graph.input[0].name
@@ -151,10 +153,16 @@ class _Rewriting:
         )
         node.CopyFrom(quant)
 
-    def _quantise_bias(self, node: Any) -> None:
+    def _check_layer(self, node: Any) -> None:
+        if node.input[1] in self.values:
+            self.faults.append(f"layer {node.name!r} has float weights; give it weight bits")
+        if len(node.input) > 2:
+            self._quantise_bias(node, 2)
+
+    def _quantise_bias(self, node: Any, place: int) -> None:
         from onnx import NodeProto
 
-        bias = self.values.get(node.input[2])
+        bias = self.values.get(node.input[place])
         grid = None if bias is None else narrowest(bias)
         if grid is None:
             self.faults.append(
@@ -163,9 +171,9 @@ class _Rewriting:
             )
             return
         quantiser = NodeProto(name=f"{node.name}_bias_quant", output=[f"{node.name}_bias_quant_out0"])
-        self._become_quant(quantiser, node.input[2], grid)
+        self._become_quant(quantiser, node.input[place], grid)
         self.graph.node.insert(list(self.graph.node).index(node), quantiser)
-        node.input[2] = quantiser.output[0]
+        node.input[place] = quantiser.output[0]
 
     def _pool(self, node: Any, precisions: dict[str, str]) -> None:
         """Let it pass for max-pooling while qonnx moves axes: qonnx knows no average pooling."""

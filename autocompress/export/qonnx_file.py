@@ -6,6 +6,7 @@ import copy
 import logging
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,11 @@ def export_qonnx(model: nn.Module, path: Path, *, input_shape: tuple[int, int, i
             "QONNX is for quantised networks, but no tensor of this one is quantised; give layers fewer "
             "than 32 bits, or use export_onnx"
         )
-    calls = record_calls(frozen, torch.zeros(1, *input_shape))
     _fold_biases(proto.graph)
-    _name_nodes(proto.graph, calls)
-    _mend_unsigned_bits(proto.graph, calls)
+    calls = record_calls(frozen, torch.zeros(1, *input_shape))
+    called = _called(proto.graph, calls)
+    _name_nodes(proto.graph, called)
+    _mend_unsigned_bits(proto.graph, called)
     _rectify(proto.graph)
     proto = _clean(proto)
     _validate(proto)
@@ -126,32 +128,6 @@ def _translate(model: nn.Module, input_shape: tuple[int, int, int], opset: int) 
             ) from fault
 
 
-def _mend_unsigned_bits(graph: Any, calls: list[Call]) -> None:
-    """Write one-bit quantisers without negative values as Quant nodes.
-
-    Brevitas 0.13 writes every one-bit quantiser as BipolarQuant, which would turn {0, 1} into {-1, 1}.
-    """
-    from onnx import helper
-
-    unsigned = {identifier(c.name) for c in calls if c.kind == "quantiser" and not c.module.is_signed}
-    for node in graph.node:
-        if node.op_type != "BipolarQuant" or node.name not in unsigned:
-            continue
-        zero = add_constant(graph, f"{node.output[0]}_zero", np.zeros(()))
-        bits = add_constant(graph, f"{node.output[0]}_bits", np.ones(()))
-        mended = helper.make_node(
-            "Quant",
-            [*node.input, zero, bits],
-            [node.output[0]],
-            name=node.name,
-            domain=node.domain,
-            signed=0,
-            narrow=0,
-            rounding_mode="ROUND",
-        )
-        node.CopyFrom(mended)
-
-
 def _fold_biases(graph: Any) -> None:
     """Put rounded values in the place of bias quantisers.
 
@@ -185,39 +161,78 @@ def _rectify(graph: Any) -> None:
         graph.node.insert(index, relu)
 
 
-def _name_nodes(graph: Any, calls: list[Call]) -> None:
-    """Name layers and quantisers after their modules, every other node after its operator.
+def _called(graph: Any, calls: list[Call]) -> dict[int, Call]:
+    """Place of a node in the graph -> the call of the layer or quantiser that it stands for.
 
-    The graph must be as the exporter left it: layers and quantisers stand in the order of their calls.
+    The graph must be as the exporter left it: nodes of each kind stand in the order of their calls.
     """
-    fixed = {tensor.name for tensor in graph.initializer}
-    weights: dict[str, Any] = {}  # output of a weight's quantiser, or of its transposition -> the quantiser
-    for node in graph.node:
-        if node.input and all(name in fixed for name in node.input):
-            fixed.add(node.output[0])
-            weights[node.output[0]] = weights.get(node.input[0], node)
-    placed = {
-        "layer": [n for n in graph.node if n.op_type in PRODUCTS and n.input[1] in fixed],
-        "quantiser": [n for n in graph.node if n.op_type in QUANTISERS and n.input[0] not in fixed],
-    }
-    names: dict[int, str] = {}
-    for kind, nodes in placed.items():
+    fixed = _computed_from_constants(graph)
+    found: dict[int, Call] = {}
+    for kind, operators, operand in (("layer", PRODUCTS, 1), ("quantiser", QUANTISERS, 0)):
+        constant = kind == "layer"
+        places = [
+            place
+            for place, node in enumerate(graph.node)
+            if node.op_type in operators and (node.input[operand] in fixed) == constant
+        ]
         of_kind = [call for call in calls if call.kind == kind]
-        if len(of_kind) != len(nodes):
+        if len(of_kind) != len(places):
             raise ExportError(
-                f"the network runs {len(of_kind)} {kind}s, but the exported graph has {len(nodes)}; let no "
+                f"the network runs {len(of_kind)} {kind}s, but the exported graph has {len(places)}; let no "
                 "two quantisers of equal scale read one tensor, and multiply weights in layers only"
             )
-        for call, node in zip(of_kind, nodes, strict=True):
-            names[id(node)] = identifier(call.name)
-    taken: dict[str, int] = {}
+        found |= dict(zip(places, of_kind, strict=True))
+    return found
+
+
+def _computed_from_constants(graph: Any) -> set[str]:
+    fixed = {tensor.name for tensor in graph.initializer}
     for node in graph.node:
-        base = names.get(id(node), node.op_type)
+        if node.input and all(name in fixed for name in node.input):
+            fixed.update(node.output)
+    return fixed
+
+
+def _name_nodes(graph: Any, called: Mapping[int, Call]) -> None:
+    """Name layers and quantisers after their modules, every other node after its operator."""
+    taken: dict[str, int] = {}
+    for place, node in enumerate(graph.node):
+        base = identifier(called[place].name) if place in called else node.op_type
         count = taken[base] = taken.get(base, -1) + 1
         node.name = f"{base}_{count}" if count else base
-    for node in placed["layer"]:
-        if node.input[1] in weights:
-            weights[node.input[1]].name = f"{node.name}_weight_quant"
+    makers = {output: node for node in graph.node for output in node.output}
+    for place, call in called.items():
+        maker = makers.get(graph.node[place].input[1]) if call.kind == "layer" else None
+        while maker is not None and maker.op_type not in QUANTISERS:  # a transposition
+            maker = makers.get(maker.input[0])
+        if maker is not None:
+            maker.name = f"{graph.node[place].name}_weight_quant"
+
+
+def _mend_unsigned_bits(graph: Any, called: Mapping[int, Call]) -> None:
+    """Write one-bit quantisers without negative values as Quant nodes.
+
+    Brevitas 0.13 writes every one-bit quantiser as BipolarQuant, which would turn {0, 1} into {-1, 1}.
+    """
+    from onnx import helper
+
+    for place, call in called.items():
+        node = graph.node[place]
+        if node.op_type != "BipolarQuant" or call.module.is_signed:
+            continue
+        zero = add_constant(graph, f"{node.output[0]}_zero", np.zeros(()))
+        bits = add_constant(graph, f"{node.output[0]}_bits", np.ones(()))
+        mended = helper.make_node(
+            "Quant",
+            [*node.input, zero, bits],
+            [node.output[0]],
+            name=node.name,
+            domain=node.domain,
+            signed=0,
+            narrow=0,
+            rounding_mode="ROUND",
+        )
+        node.CopyFrom(mended)
 
 
 def _clean(proto: Any) -> Any:

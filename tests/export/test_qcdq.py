@@ -333,7 +333,9 @@ def test_random_plans_of_many_structures_are_exact_and_run_on_integers(
         path = export_qcdq(net, tmp_path / "m.onnx", input_shape=(3, 16, 16))
         parity = check_quantised_parity(net, path, batch, tolerance=0.5)  # random weights tell little apart
         assert parity.rounded_otherwise < 1e-3
-        assert count_int8(path) == (num_convolutions, num_convolutions)
+        # The padded shortcut slices what the stem makes before it is rounded, so the stem writes floats.
+        num_float = int(kind is TinyPadded)
+        assert count_int8(path) == (num_convolutions - num_float, num_convolutions)
 
 
 @pytest.mark.slow
