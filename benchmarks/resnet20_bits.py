@@ -2,12 +2,17 @@
 
     python benchmarks/resnet20_bits.py --weights resnet20.pth --data data --plans 80 --images 10000 --epochs 1
 
-For each target the budget is what uniform 4-bit weights and activations cost there (first and last layer at
-8 bits, for uniform and mixed plans alike). The searches see 5,000 images held back from training; then every
-plan gets the same quantisation-aware training, and accuracy is read once, on the 10,000 test images. Seeds
-differ in split, calibration images, search and training. A step that was finished is read, not repeated.
-Prints one row per plan, mean and standard deviation over the seeds, and every plan's cost on every target
-(do policies specialise?), and writes benchmarks/results.
+For each target the budget is what uniform weights and activations (``--uniform``, 4 bits) cost there; the
+first and the last layer have 8 bits, in uniform and mixed plans alike. The searches see some of 5,000 images
+held back from training; then every plan gets the same quantisation-aware training, and accuracy is read once,
+on the 10,000 test images. Seeds differ in split, calibration images, search and training. A step that was
+finished is not repeated; targets for which a method found the same plan share its training. Prints and writes
+into benchmarks/results
+
+* one row per plan, mean and standard deviation over the seeds;
+* whether plans specialise: every plan moved to every target. Where it costs more than the budget there, HAQ's
+  sweep takes bits away until it fits, as one would have to. Loss and accuracy are those of the held-back
+  images before training.
 
 Reference: Wang et al., "HAQ", CVPR 2019, tables 3 to 5 make this comparison against PACT at fixed bits.
 """
@@ -19,6 +24,7 @@ import csv
 import json
 import platform
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -27,6 +33,7 @@ import torch
 
 from autocompress.agents import make_search
 from autocompress.core import Bits, Budget, Ledger, Plan, Problem
+from autocompress.envs import swept
 from autocompress.hardware_sim import load_target
 from autocompress.pipeline.bit_score import BitScore, bit_problem, uniform_plan
 from autocompress.pipeline.costs import Costs
@@ -39,9 +46,9 @@ from autocompress.zoo import build, load_weights
 TARGETS = {"bismo-zynq7020": "latency_ms", "bitfusion": "energy_mj", "finn-zynq7020": "latency_ms"}
 COLUMNS = (
     "target", "method", "seed", "evaluations", "cost_share", "mean_weight_bits", "mean_act_bits",
-    "quick_accuracy", "quick_loss", "before_qat", "after_qat", "search_s", "qat_s",
+    "held_accuracy", "held_loss", "before_qat", "after_qat", "search_s", "qat_s",
 )  # fmt: skip
-UNIFORM = Bits(4, 4)
+MOVED = ("found_for", "moved_to", "method", "seed", "cost_share", "swept_share", "held_loss", "held_accuracy")
 
 
 class Bench:
@@ -59,14 +66,14 @@ class Bench:
         load_weights(self.model, args.weights)
         self.model.eval()
         self.graph = trace(self.model, (3, 32, 32)).graph
-        self.uniform = uniform_plan(self.graph, UNIFORM, settings=self.settings)
+        self.uniform = uniform_plan(self.graph, Bits(args.uniform, args.uniform), settings=self.settings)
 
     def costs(self, target: str) -> Costs:
         """Prices on a target."""
         return Costs(self.graph, load_target(target), bits=Bits(8, 8))
 
     def budget(self, target: str) -> Budget:
-        """What uniform 4 bits cost there."""
+        """What the uniform plan costs there."""
         metric = TARGETS[target]
         return Budget(metric, self.costs(target)(self.uniform)[metric], relative=False)
 
@@ -102,8 +109,8 @@ def row(bench: Bench, target: str, method: str, seed: int, made: dict[str, Any])
         "cost_share": round(bench.costs(target)(plan)[metric] / bench.budget(target).limit, 4),
         "mean_weight_bits": round(sum(b.weight * layer.num_weights for b, layer in bits) / weights, 2),
         "mean_act_bits": round(mean(b.act for b, _ in bits), 2),
-        "quick_accuracy": round(100 * made["quick_accuracy"], 2),
-        "quick_loss": round(made["quick_loss"], 4),
+        "held_accuracy": round(100 * made["held_accuracy"], 2),
+        "held_loss": round(made["held_loss"], 4),
         "before_qat": round(100 * made["before_qat"], 2),
         "after_qat": round(100 * made["after_qat"], 2),
         "search_s": round(made["seconds"]),
@@ -111,41 +118,93 @@ def row(bench: Bench, target: str, method: str, seed: int, made: dict[str, Any])
     }
 
 
-def one(bench: Bench, target: str, method: str, seed: int) -> dict[str, Any]:
-    """Search, train and test one plan, or read what an earlier call did."""
-    folder = bench.args.out / target / f"{method}-{seed}"
-    done = folder / "done.json"
-    if done.exists():
-        return json.loads(done.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    data = bench.data(seed)
-    score = BitScore(bench.model, data, settings=bench.settings, seed=seed)
-    problem = bit_problem(
+def problem_of(bench: Bench, score: BitScore, target: str) -> Problem:
+    """Bits within the budget of a target."""
+    return bit_problem(
         bench.graph, score, settings=bench.settings, costs=bench.costs(target), budgets=[bench.budget(target)]
     )
-    found = folder / "plan.json"
+
+
+def one(bench: Bench, target: str, method: str, seed: int) -> dict[str, Any]:
+    """Search, train and test one plan, or read what an earlier call did."""
+    folder = bench.args.out / target
+    folder.mkdir(parents=True, exist_ok=True)
+    found = folder / f"{method}-{seed}.json"
+    data = bench.data(seed)
+    score = BitScore(bench.model, data, settings=bench.settings, seed=seed)
     if not found.exists():
-        found.write_text(
-            json.dumps(plan_of(bench, problem, method, seed, bench.args.out / target / f"{seed}.sqlite"))
-        )
+        problem = problem_of(bench, score, target)
+        made = plan_of(bench, problem, method, seed, folder / f"{seed}.sqlite")
+        write(found, made)
     made = json.loads(found.read_text())
     plan = Plan.from_json(made["plan"])
-    quick = evaluate(score.tables.network(plan), data.search, batch_size=100, limit=2000)
-    made |= {"quick_accuracy": quick.accuracy, "quick_loss": quick.loss}
+    trained = bench.args.out / f"trained-{plan.digest}-{seed}.json"
+    if not trained.exists():
+        write(trained, train(bench, score, plan, seed))
+    return made | json.loads(trained.read_text())
+
+
+def train(bench: Bench, score: BitScore, plan: Plan, seed: int) -> dict[str, Any]:
+    """Accuracy of a plan before and after training."""
     start = time.perf_counter()
     settings = TrainSettings(
         epochs=bench.args.epochs, lr=bench.args.lr, batch_size=128, weight_decay=1e-4, distill_weight=0.5
     )
     student = QatNetwork(score.tables, plan, [x for x, _ in score.calibration_images])
     fit(
-        student, data, settings, seed=seed, teacher=score.tables.skeleton.graph_module,
-        checkpoint=folder / "qat.checkpoint",
+        student, bench.data(seed), settings, seed=seed, teacher=score.tables.skeleton.graph_module,
+        checkpoint=bench.args.out / f"trained-{plan.digest}-{seed}.checkpoint",
     )  # fmt: skip
-    made["qat_seconds"] = time.perf_counter() - start
-    made["before_qat"] = evaluate(score.tables.network(plan), data.test, batch_size=100).accuracy
-    made["after_qat"] = evaluate(student, data.test, batch_size=100).accuracy
-    done.write_text(json.dumps(made))
-    return made
+    seconds = time.perf_counter() - start
+    after = evaluate(student, bench.data(seed).test, batch_size=100).accuracy
+    before = evaluate(score.tables.network(plan), bench.data(seed).test, batch_size=100).accuracy
+    found = {"before_qat": before, "after_qat": after, "qat_seconds": seconds}
+    return found | held_back(bench, score, plan, seed)
+
+
+def held_back(bench: Bench, score: BitScore, plan: Plan, seed: int) -> dict[str, float]:
+    """Loss and accuracy of a rounded network on all held-back images."""
+    held = evaluate(score.tables.network(plan), bench.data(seed).search, batch_size=100)
+    return {"held_accuracy": held.accuracy, "held_loss": held.loss}
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content))
+    part.rename(path)
+
+
+def moved(bench: Bench, plans: dict[tuple[str, str, int], Plan], seed: int) -> Iterator[dict[str, Any]]:
+    """Every searched plan of a seed on every target."""
+    score = BitScore(bench.model, bench.data(seed), settings=bench.settings, seed=seed)
+    targets = list(dict.fromkeys(target for target, _, _ in plans))
+    for target in targets:
+        problem = problem_of(bench, score, target)
+        limit = bench.budget(target).limit
+        for (source, method, _), plan in plans.items():
+            fitting = problem.plan(swept(problem, values_of(problem, plan)))
+            file = bench.args.out / f"held-{fitting.digest}-{seed}.json"
+            if not file.exists():
+                write(file, held_back(bench, score, fitting, seed))
+            made = json.loads(file.read_text())
+            shares = [bench.costs(target)(p)[TARGETS[target]] / limit for p in (plan, fitting)]
+            yield dict(
+                zip(
+                    MOVED,
+                    (
+                        *(source, target, method, seed, *(round(share, 4) for share in shares)),
+                        *(round(made["held_loss"], 4), round(100 * made["held_accuracy"], 2)),
+                    ),
+                    strict=True,
+                )
+            )
+
+
+def values_of(problem: Problem, plan: Plan) -> list[Any]:
+    """The knobs' values in a plan of bits."""
+    sides = {"weight_bits": "weight", "act_bits": "act"}
+    return [getattr(plan.bits[knob.bit_layers[0]], sides[knob.kind]) for knob in problem.knobs]
 
 
 def main() -> None:
@@ -160,7 +219,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6, 7, 8])
     parser.add_argument("--plans", type=int, default=80)
-    parser.add_argument("--score-images", type=int, default=500)
+    parser.add_argument("--uniform", type=int, default=4, help="bits whose cost is the budget")
+    parser.add_argument("--score-images", type=int, default=1000)
     parser.add_argument(
         "--images", type=int, default=10000, help="training images of quantisation-aware training"
     )
@@ -179,11 +239,22 @@ def main() -> None:
                 rows.append(row(bench, target, method, seed, made))
                 print(*rows[-1].values(), sep="\t", flush=True)
     _print_means(rows)
-    _print_specialisation(bench, plans)
-    name = f"resnet20-bits-{platform.machine()}-torch{torch.__version__.split('+')[0]}.csv"
+    searched = {key: plan for key, plan in plans.items() if key[1] != "uniform"}
+    moves = [
+        move for seed in args.seeds
+        for move in moved(bench, {key: p for key, p in searched.items() if key[2] == seed}, seed)
+    ]  # fmt: skip
+    _print_moves(moves)
+    name = "resnet20-bits" if args.uniform == 4 else f"resnet20-bits{args.uniform}"
+    _write_csv(name, rows, COLUMNS)
+    _write_csv(f"{name}-moved", moves, MOVED)
+
+
+def _write_csv(name: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    name = f"{name}-{platform.machine()}-torch{torch.__version__.split('+')[0]}.csv"
     path = Path(__file__).parent / "results" / name
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     print(f"wrote {path}")
@@ -200,14 +271,24 @@ def _print_means(rows: list[dict[str, Any]]) -> None:
         print(*cells, sep="\t")
 
 
-def _print_specialisation(bench: Bench, plans: dict[tuple[str, str, int], Plan]) -> None:
-    """Every plan of MILP or DDPG, priced everywhere: below 1 fits the budget there."""
-    targets = list(dict.fromkeys(target for target, _, _ in plans))
-    print("\nfound for\tmethod\tseed", *(f"cost on {t}" for t in targets), sep="\t")
-    for (target, method, seed), plan in plans.items():
-        if method != "uniform":
-            shares = [bench.costs(t)(plan)[TARGETS[t]] / bench.budget(t).limit for t in targets]
-            print(target, method, seed, *(f"{share:.3f}" for share in shares), sep="\t")
+def _print_moves(moves: list[dict[str, Any]]) -> None:
+    """Rows are where a plan is used, columns for which target it was found; means over the seeds."""
+    for method in dict.fromkeys(move["method"] for move in moves):
+        sources = list(dict.fromkeys(m["found_for"] for m in moves))
+        print(f"\n{method}: cost over the budget as found / loss x 1000 and accuracy once it fits")
+        print("used on", *(f"found for {source}" for source in sources), sep="\t")
+        for target in dict.fromkeys(m["moved_to"] for m in moves):
+            cells = []
+            for source in sources:
+                here = [
+                    m for m in moves
+                    if (m["method"], m["found_for"], m["moved_to"]) == (method, source, target)
+                ]  # fmt: skip
+                cost, loss, accuracy = (
+                    mean(m[key] for m in here) for key in ("cost_share", "held_loss", "held_accuracy")
+                )
+                cells.append(f"{cost:.3f} / {1000 * loss:.1f} {accuracy:.2f}")
+            print(target, *cells, sep="\t")
 
 
 if __name__ == "__main__":

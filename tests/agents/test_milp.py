@@ -170,9 +170,9 @@ def test_a_new_budget_is_solved_without_evaluating():
 
 
 def test_without_being_told_the_search_learns_what_matters():
-    problem, best, uniform = bits_problem(2, num_layers=6)
-    result = MilpSearch()(problem, num_plans=60, seed=0)
-    told = MilpSearch()(bits_problem(2, num_layers=6, told=True)[0], num_plans=1, seed=0).best.score
+    problem, best, uniform = bits_problem(2, num_layers=4)
+    result = MilpSearch()(problem, num_plans=30, seed=0)
+    told = MilpSearch()(bits_problem(2, num_layers=4, told=True)[0], num_plans=1, seed=0).best.score
     first = result.trials[0].score
     assert uniform < first < result.best.score <= best
     assert result.best.score >= told - 0.1 * (told - first)
