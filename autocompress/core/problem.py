@@ -179,6 +179,8 @@ class Problem:
         return f", held up by {', '.join(named)}"
 
     def _remedy(self) -> str:
+        if any(knob.kind == "arch" for knob in self.knobs):
+            return "take a space with narrower or fewer layers, or let channels and bits be decided as well"
         if any(knob.is_bits for knob in self.knobs):
             return "allow fewer bits or unpin layers"
         return "lower the minimum keep ratio or unlock layers"

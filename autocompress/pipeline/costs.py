@@ -9,6 +9,9 @@ from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autocompress.core import Bits, Budget, Cost, CostModel, Knob, LayerGraph, Metric, Plan
 from autocompress.core.errors import RecipeError
 from autocompress.hardware_sim import HardwareModel, MacsModel, PlanPricer, UnsupportedLayerError, load_target
@@ -19,6 +22,43 @@ _BITS = "bits: {weight: 8, act: 8}"
 _NOTHING = Plan()
 
 
+class Counted:
+    """A cost model of what can be counted and, beside it, of a target's figures.
+
+    Args:
+        target: the machine; None to count only.
+    """
+
+    def __init__(self, target: HardwareModel | None = None) -> None:
+        self.target = target
+        self.name = target.name if target else MacsModel.name
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What it prices."""
+        return tuple(dict.fromkeys((*MacsModel.metrics, *(self.target.metrics if self.target else ()))))
+
+    def __call__(self, graph: LayerGraph) -> Cost:
+        """The cost of one sample.
+
+        Raises:
+            UnsupportedLayerError: the target cannot run the network.
+        """
+        counts = MacsModel()(graph)
+        if self.target is None:
+            return counts
+        figures = self.target(graph)
+        layers: dict[str, Mapping[Metric, float]] = {
+            name: {**cost, **figures.layers.get(name, {})} for name, cost in counts.layers.items()
+        }
+        return Cost({**counts.totals, **figures.totals}, layers)
+
+    def price_many(self, graphs: Sequence[LayerGraph]) -> dict[Metric, NDArray[np.float64]]:
+        """Totals of many graphs: metric -> array of shape (len(graphs),)."""
+        counts = MacsModel().price_many(graphs)
+        return {**counts, **self.target.price_many(graphs)} if self.target else counts
+
+
 class Costs:
     """Prices plans of one network: counts, and a target's figures.
 
@@ -27,6 +67,7 @@ class Costs:
         target: the machine; None to count only.
         bits: of the layers whose bits no plan decides; None for floating point.
         reference_bits: of the network that relative budgets refer to; None for floating point.
+        original: the network that relative budgets refer to; ``graph`` when absent.
     """
 
     def __init__(
@@ -36,24 +77,25 @@ class Costs:
         *,
         bits: Bits | None = None,
         reference_bits: Bits | None = None,
+        original: LayerGraph | None = None,
     ) -> None:
-        self.target = target
+        self.target, self.bits = target, bits
         self.graph = _at(graph, bits)
         self._reference = _at(graph, reference_bits)
+        self._original = self._reference if original is None else _at(original, reference_bits)
 
     @classmethod
-    def of(cls, recipe: Recipe, graph: LayerGraph) -> Costs:
+    def of(cls, recipe: Recipe, graph: LayerGraph, *, original: LayerGraph | None = None) -> Costs:
         """The costs a recipe is about, of one of its networks.
 
         Raises:
             TargetError: the target's file is gone or wrong.
         """
-        bits = given = recipe.bits.bits if recipe.bits else None
-        if bits is None and "quantise" in recipe.stages:
-            bits = recipe.quantise.reference
-        reference = Bits(*[recipe.reference_bits] * 2) if recipe.reference_bits else given
+        reference = Bits(*[recipe.reference_bits] * 2) if recipe.reference_bits else None
+        if reference is None and recipe.bits:
+            reference = recipe.bits.bits
         target = load_target(recipe.target) if recipe.target else None
-        return cls(graph, target, bits=bits, reference_bits=reference)
+        return cls(graph, target, bits=bits_of(recipe), reference_bits=reference, original=original)
 
     def __call__(self, plan: Plan) -> Cost:
         """The cost of a plan, with the share of each layer.
@@ -61,9 +103,8 @@ class Costs:
         Raises:
             RecipeError: the target cannot run the network; names the layers and the way out.
         """
-        graph = plan.apply(self.graph)
         try:
-            return _joined(MacsModel()(graph), self.target(graph) if self.target else None)
+            return Counted(self.target)(plan.apply(self.graph))
         except UnsupportedLayerError as fault:
             raise self._refused(fault, _BITS) from fault
 
@@ -104,12 +145,19 @@ class Costs:
 
     @cached_property
     def reference(self) -> Cost:
-        """What the original network costs at ``reference_bits``, as far as the target can run that."""
-        counts = MacsModel()(self._reference)
+        """What the uncompressed network costs at ``reference_bits``, as far as the target can run that."""
+        return self._as_far_as_possible(self._reference)
+
+    @cached_property
+    def original(self) -> Cost:
+        """The same of the network that relative budgets refer to."""
+        return self._as_far_as_possible(self._original)
+
+    def _as_far_as_possible(self, graph: LayerGraph) -> Cost:
         try:
-            return _joined(counts, self.target(self._reference) if self.target else None)
+            return Counted(self.target)(graph)
         except UnsupportedLayerError:
-            return counts
+            return Counted()(graph)
 
     def resolve(self, budgets: Sequence[Budget]) -> tuple[Budget, ...]:
         """Absolute budgets.
@@ -118,13 +166,13 @@ class Costs:
             RecipeError: a budget is a share of what the target cannot run.
         """
         for budget in budgets:
-            if budget.relative and budget.metric not in self.reference.totals and self.target:
+            if budget.relative and budget.metric not in self.original.totals and self.target:
                 try:
-                    self.target(self._reference)
+                    self.target(self._original)
                 except UnsupportedLayerError as fault:
-                    setting = _BITS if self._reference is self.graph else "reference_bits: 8"
+                    setting = _BITS if self._original is self.graph else "reference_bits: 8"
                     raise self._refused(fault, setting) from fault
-        return tuple(budget.resolve(self.reference) for budget in budgets)
+        return tuple(budget.resolve(self.original) for budget in budgets)
 
     def _refused(self, fault: UnsupportedLayerError, setting: str) -> RecipeError:
         assert self.target is not None
@@ -160,23 +208,30 @@ class _Later(Mapping[str, Mapping[Metric, float]]):
         return len(self._known)
 
 
-def share_for_pruning(limit: float, *, start: float, fewest_channels: float, fewest_bits: float) -> float:
-    """The limit of stage prune when stage quantise follows: each goes equally far into its own range.
+def bits_of(recipe: Recipe) -> Bits | None:
+    """What layers are computed with where no stage decides that; None for floating point."""
+    if recipe.bits is not None:
+        return recipe.bits.bits
+    return recipe.quantise.reference if "quantise" in recipe.stages else None
 
-    In logarithms, as pruning and fewer bits multiply: a stage that can cut the cost to a tenth takes a larger
+
+def share_for_first(limit: float, *, start: float, smallest: Sequence[float]) -> float:
+    """The limit of the first of several stages: each goes equally far into its own range.
+
+    In logarithms, as what the stages do multiplies: a stage that can cut the cost to a tenth takes a larger
     part than one that can only halve it.
 
     Args:
         limit: what the network may cost in the end.
-        start: its cost before pruning, at the reference bits.
-        fewest_channels: its cost with the fewest channels, at the reference bits.
-        fewest_bits: its cost before pruning, at the fewest bits; where that is no less, all is for pruning.
+        start: its cost before the first stage.
+        smallest: what each stage alone can bring that down to, the first stage first; stages that cannot
+            make it cheaper get nothing.
     """
-    channels, bits = math.log(fewest_channels / start), math.log(fewest_bits / start)
-    if bits >= 0:
+    ranges = [min(math.log(cost / start), 0.0) for cost in smallest]
+    if not any(ranges[1:]):
         return limit
-    part = math.log(limit / start) / (channels + bits)
-    return start * math.exp(channels * min(max(part, 0.0), 1.0))
+    part = math.log(limit / start) / sum(ranges)
+    return start * math.exp(ranges[0] * min(max(part, 0.0), 1.0))
 
 
 def content_digest(target: HardwareModel) -> str:
@@ -189,12 +244,3 @@ def content_digest(target: HardwareModel) -> str:
 
 def _at(graph: LayerGraph, bits: Bits | None) -> LayerGraph:
     return graph.with_bits({layer.name: bits for layer in graph.layers}) if bits else graph
-
-
-def _joined(counts: Cost, figures: Cost | None) -> Cost:
-    if figures is None:
-        return counts
-    layers: dict[str, Mapping[Metric, float]] = {
-        name: {**cost, **figures.layers.get(name, {})} for name, cost in counts.layers.items()
-    }
-    return Cost({**counts.totals, **figures.totals}, layers)

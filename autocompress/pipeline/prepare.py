@@ -12,6 +12,13 @@ from torch import nn
 
 from autocompress.core.errors import DataError, DivergenceError, RecipeError
 from autocompress.export import check_opset
+from autocompress.pipeline.architectures import (
+    Architectures,
+    architectures_of,
+    method_of,
+    representative,
+    supernet_file,
+)
 from autocompress.pipeline.costs import Costs, content_digest
 from autocompress.pipeline.problems import (
     Candidate,
@@ -33,11 +40,19 @@ SAMPLED = 32
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe with its data and networks, checked to be runnable."""
+    """A recipe with its data and networks, checked to be runnable.
+
+    Args:
+        recipe: what to do.
+        data: what on.
+        candidates: the networks; of a recipe with stage nas, one that the stage might find.
+        architectures: what stage nas chooses among.
+    """
 
     recipe: Recipe
     data: Data
     candidates: tuple[Candidate, ...]
+    architectures: Architectures | None = None
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -60,6 +75,8 @@ def prepare(recipe: Recipe) -> Prepared:
         std=settings.std,
         seed=recipe.seed,
     )
+    if "nas" in recipe.stages:
+        return prepare_nas(data, recipe)
     models = {}
     with torch.random.fork_rng():
         for name in recipe.model:
@@ -76,11 +93,7 @@ def prepare_own(models: Mapping[str, nn.Module], data: Data, recipe: Recipe) -> 
     Raises:
         AutocompressError: any of its kinds; nothing has been written.
     """
-    _check_machine(recipe)
-    for settings in searches_of(recipe).values():
-        made_searches(settings)
-    if "export" in recipe.stages and recipe.export.opset is not None:
-        check_opset(recipe.export.opset)
+    _check_settings(recipe)
     candidates = []
     for name, model in models.items():
         _check_finite(name, model)
@@ -88,11 +101,38 @@ def prepare_own(models: Mapping[str, nn.Module], data: Data, recipe: Recipe) -> 
         traced = trace(model, data.input_shape)
         costs = Costs.of(recipe, traced.graph)
         candidate = Candidate(name, model.to(recipe.device), traced, costs)
-        if "quantise" in recipe.stages and recipe.quantise.method == "linear":
-            Skeleton(model)  # refuses what cannot be quantised before any work
-        check_num_plans(recipe, problems_of(candidate, recipe))
+        _check_candidate(candidate, recipe)
         candidates.append(candidate)
     return Prepared(recipe, data, tuple(candidates))
+
+
+def prepare_nas(data: Data, recipe: Recipe) -> Prepared:
+    """The same for networks of a space, of which stage nas is to find one.
+
+    Raises:
+        AutocompressError: any of its kinds; nothing has been written.
+    """
+    _check_settings(recipe)
+    method_of(recipe.nas)
+    supernet_file(recipe.nas)
+    architectures = architectures_of(recipe, data)
+    example = representative(architectures, recipe)
+    _check_candidate(example, recipe)
+    return Prepared(recipe, data, (example,), architectures)
+
+
+def _check_settings(recipe: Recipe) -> None:
+    _check_machine(recipe)
+    for settings in searches_of(recipe).values():
+        made_searches(settings)
+    if "export" in recipe.stages and recipe.export.opset is not None:
+        check_opset(recipe.export.opset)
+
+
+def _check_candidate(candidate: Candidate, recipe: Recipe) -> None:
+    if "quantise" in recipe.stages and recipe.quantise.method == "linear":
+        Skeleton(candidate.model)  # refuses what cannot be quantised before any work
+    check_num_plans(recipe, problems_of(candidate, recipe))
 
 
 def inputs_of(prepared: Prepared) -> dict[str, str]:
@@ -106,6 +146,10 @@ def inputs_of(prepared: Prepared) -> dict[str, str]:
     models = {candidate.name: weights_digest(candidate.model) for candidate in prepared.candidates}
     target = prepared.candidates[0].costs.target
     machine = {"target": content_digest(target)} if target else {}
+    if prepared.architectures:
+        models = {"space": repr(prepared.architectures.space)}
+        if (borrowed := supernet_file(prepared.recipe.nas)) is not None:
+            models["supernet"] = hashlib.sha256(borrowed.read_bytes()).hexdigest()[:16]
     return {"data": digest.hexdigest()[:16]} | machine | models
 
 

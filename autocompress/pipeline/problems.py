@@ -11,7 +11,7 @@ from autocompress.agents import least_plans, make_search
 from autocompress.core import Budget, Plan, Problem, Search
 from autocompress.core.errors import RecipeError
 from autocompress.pipeline.bit_score import BitScore, bit_problem
-from autocompress.pipeline.costs import Costs, share_for_pruning
+from autocompress.pipeline.costs import Costs, share_for_first
 from autocompress.pipeline.quick_score import QuickScore, channel_problem
 from autocompress.pipeline.recipe import Recipe, SearchSettings, Stage
 from autocompress.trace import Trace
@@ -45,11 +45,10 @@ def _channel_budgets(candidate: Candidate, recipe: Recipe, problem: Problem) -> 
     return tuple(
         replace(
             limit,
-            limit=share_for_pruning(
+            limit=share_for_first(
                 limit.limit,
                 start=start[limit.metric],
-                fewest_channels=few_channels[limit.metric],
-                fewest_bits=few_bits[limit.metric],
+                smallest=[few_channels[limit.metric], few_bits[limit.metric]],
             ),
         )
         for limit in limits

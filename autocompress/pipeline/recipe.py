@@ -28,6 +28,7 @@ from autocompress.pipeline.recipe_sections import (
     ExportSettings,
     FinetuneStage,
     Names,
+    NasSettings,
     PruneSettings,
     QatStage,
     QuantiseSettings,
@@ -45,6 +46,7 @@ __all__ = [
     "DataSettings",
     "ExportSettings",
     "FinetuneStage",
+    "NasSettings",
     "PruneSettings",
     "QatStage",
     "QuantiseSettings",
@@ -66,7 +68,8 @@ class Recipe(Section):
     Args:
         name: of the run; letters, digits, ``.``, ``_`` and ``-``.
         model: networks by name or ``package.module:factory``. Of several, the one with the best accuracy
-            on the search split after training is compressed (of equals, the one with fewer MACs).
+            on the search split after training is compressed (of equals, the one with fewer MACs). None where
+            stage nas finds one.
         weights: checkpoint to start from instead of training; a file beside the recipe, or a path from the
             working directory.
         data: the data set.
@@ -77,13 +80,16 @@ class Recipe(Section):
             or a target file beside the recipe or at a path from the working directory.
         bits: what layers are computed with where no stage decides that. null for the reference bits of stage
             quantise where there is one, else for floating point, which targets that multiply integers refuse.
-        reference_bits: of the original network that relative budgets refer to; null for those of ``bits``,
-            or 32 where there are none.
+        reference_bits: of the original network that relative budgets refer to, or of the largest one of the
+            space where stage nas finds it; null for those of ``bits``, or 32 where there are none.
         budgets: limits that must all hold.
-        stages: what is done, in the order train, prune, finetune, quantise, qat, export; at least one of
-            prune and quantise.
-        train, prune, search, finetune, quantise, qat, export: settings of the stages; ``search`` is who looks
-            for channels; who looks for bits is ``quantise.search``.
+        stages: what is done, in the order nas, train, prune, finetune, quantise, qat, export; at least one of
+            nas, prune and quantise. The budgets are for what comes out in the end: each stage gets a part of
+            the way there, measured anew after the stage before.
+        alone: stages that are also run without the others, within the same budgets and with as many epochs in
+            all, for comparison.
+        nas, train, prune, search, finetune, quantise, qat, export: settings of the stages; ``search`` is who
+            looks for channels; who looks for bits is ``quantise.search``.
         expected: accuracies the recipe is known to reach.
     """
 
@@ -99,6 +105,8 @@ class Recipe(Section):
     reference_bits: Literal[8, 32] | None = None
     budgets: Budgets
     stages: Annotated[tuple[Stage, ...], Strict(False)] = PRUNING
+    alone: Annotated[tuple[Literal["nas", "prune", "quantise"], ...], Strict(False)] = ()
+    nas: NasSettings = NasSettings()
     train: TrainStage = TrainStage()
     prune: PruneSettings = PruneSettings()
     search: SearchSettings = SearchSettings()
@@ -134,12 +142,24 @@ class Recipe(Section):
     def _in_order(cls, value: tuple[Stage, ...]) -> tuple[Stage, ...]:
         if value != tuple(stage for stage in STAGES if stage in value):
             raise ValueError(f"come once each, in the order {', '.join(STAGES)}, got {', '.join(value)}")
-        if not {"prune", "quantise"} & set(value):
-            raise ValueError(f"must hold prune, quantise or both, got {', '.join(value) or 'none'}")
+        if not {"nas", "prune", "quantise"} & set(value):
+            raise ValueError(f"must hold nas, prune or quantise, got {', '.join(value) or 'none'}")
         for stage, needed in (("finetune", "prune"), ("qat", "quantise")):
             if stage in value and needed not in value:
                 raise ValueError(f"{stage} trains what {needed} makes; add {needed} or leave {stage} out")
+        if "nas" in value and "train" not in value:
+            raise ValueError("nas finds a network that is not trained yet; add train")
         return value
+
+    @field_validator("alone")
+    @classmethod
+    def _some_of_the_stages(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        stages = info.data.get("stages", value)
+        if missing := [stage for stage in value if stage not in stages]:
+            raise ValueError(f"compares stages of the run with the whole; stages lacks {', '.join(missing)}")
+        if value and len({"nas", "prune", "quantise"} & set(stages)) < 2:
+            raise ValueError("needs a run of two or more of nas, prune and quantise; leave it out")
+        return tuple(dict.fromkeys(value))
 
     @field_validator("train")
     @classmethod
@@ -212,7 +232,13 @@ class Recipe(Section):
             RecipeError: it names no model or no data, or the network would be compressed untrained.
         """
         faults = []
-        if not self.model:
+        if "nas" in self.stages:
+            faults += [
+                f"{key}: leave it out; stage nas finds the network"
+                for key, given in (("model", self.model), ("weights", self.weights))
+                if given
+            ]
+        elif not self.model:
             faults.append("model: required, a network by name or package.module:factory")
         if self.data is None:
             faults.append("data: required, a data set by name or package.module:factory")

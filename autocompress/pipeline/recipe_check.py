@@ -69,10 +69,11 @@ def _expand_names(document: Document) -> None:
 
 
 def _budget_lists(document: Document) -> Iterator[tuple[YamlPath, dict[str, Any]]]:
-    """Where the recipe and stage prune keep budgets: the path of each list, and the mapping it is in."""
+    """Where the recipe and its stages keep budgets: the path of each list, and the mapping it is in."""
     yield ("budgets",), document.data
-    if isinstance(document.data.get("prune"), dict):
-        yield ("prune", "budgets"), document.data["prune"]
+    for stage in ("nas", "prune"):
+        if isinstance(document.data.get(stage), dict):
+            yield (stage, "budgets"), document.data[stage]
 
 
 def _expand_budgets(document: Document) -> None:

@@ -20,7 +20,7 @@ from autocompress.core.budget import Budget
 from autocompress.core.cost import Metric
 from autocompress.core.graph import Bits
 
-Stage = Literal["train", "prune", "finetune", "quantise", "qat", "export"]
+Stage = Literal["nas", "train", "prune", "finetune", "quantise", "qat", "export"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 PRUNING: tuple[Stage, ...] = ("train", "prune", "finetune", "export")
 """The stages of a recipe that names none."""
@@ -181,12 +181,72 @@ class QatStage(FinetuneStage):
     weight_decay: float = Field(default=1e-4, ge=0)
 
 
+class NasSettings(Section):
+    """How the network is found, where no ``model`` is given.
+
+    A supernet that holds every network of the space is trained, with a distribution over the operations of
+    each decision. The network that is taken is the one the distribution stands for, made cheaper where it is
+    over the stage's budgets; with ``num_plans``, the best of it and so many others by the accuracy that they
+    have with the supernet's weights.
+
+    Args:
+        space: a known space, or ``package.module:factory`` of (input shape, number of classes).
+        method: how the distribution is learnt.
+        settings: options of the method itself.
+        epochs: passes over the training split, warm-up included.
+        warmup_epochs: epochs at the start in which only weights are trained.
+        batch_size: images per step, of weights and of the distribution.
+        lr: learning rate at the start; it falls to ``min_lr`` along half a cosine.
+        min_lr: learning rate at the end.
+        weight_decay: on the supernet's weights.
+        alpha_lr: learning rate of the distribution's logits; null for the method's own, which is meant for
+            tens of thousands of steps.
+        cost_weight: how much the expected cost counts: the loss grows by this much per budget overspent.
+        budgets: limits of this stage; none for the part of the recipe's budgets that
+            :func:`autocompress.pipeline.costs.share_for_first` gives it.
+        supernet: folder of a run whose supernet is used instead of training one: another target or budget
+            then costs ``num_plans`` evaluations.
+        num_plans: networks scored with the supernet's weights, by evolution; 0 for none.
+        score_images: images of the search split that score one; null for all.
+    """
+
+    space: Annotated[str, Field(min_length=1)] = "mbconv_chain"
+    method: Literal["proxyless", "darts", "gdas"] = "proxyless"
+    settings: dict[str, JsonValue] = Field(default_factory=dict)
+    epochs: Count = 30
+    warmup_epochs: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=64, ge=2)
+    lr: float = Field(default=0.05, gt=0)
+    min_lr: float = Field(default=0.001, ge=0)
+    weight_decay: float = Field(default=3e-4, ge=0)
+    alpha_lr: float | None = Field(default=None, gt=0)
+    cost_weight: float = Field(default=0.1, ge=0)
+    budgets: Budgets = ()
+    supernet: Annotated[str, Field(min_length=1)] | None = None
+    num_plans: int = Field(default=0, ge=0)
+    score_images: Annotated[int, Field(ge=2)] | None = None
+
+    @field_validator("warmup_epochs")
+    @classmethod
+    def _shorter_than_search(cls, value: int, info: ValidationInfo) -> int:
+        if value >= info.data.get("epochs", value + 1):
+            raise ValueError(f"must be < epochs ({info.data['epochs']}), got {value}")
+        return value
+
+    @field_validator("num_plans")
+    @classmethod
+    def _scored_where_borrowed(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("supernet") and not value:
+            raise ValueError("must be >= 1 where a supernet is given, whose distribution is for its own run")
+        return value
+
+
 class PruneSettings(Section):
     """How channels are chosen and how plans are scored.
 
     Args:
         budgets: limits of this stage where stage quantise follows; none for the part of the recipe's budgets
-            that :func:`autocompress.pipeline.costs.share_for_pruning` gives it.
+            that :func:`autocompress.pipeline.costs.share_for_first` gives it.
         importance: which channels go first.
         round_to: kept channels are a multiple of this where the layer is wide enough.
         min_keep: smallest share of its channels a layer keeps.
@@ -363,6 +423,8 @@ class ExpectedSettings(Section):
 
 
 SECTIONS: dict[str, type[BaseModel]] = {
+    "nas": NasSettings,
+    "nas.budgets": BudgetSettings,
     "prune.budgets": BudgetSettings,
     "quantise.search": BitSearchSettings,
     "data": DataSettings,

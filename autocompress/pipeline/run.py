@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from autocompress.core.errors import (
 )
 from autocompress.export import read_packed
 from autocompress.pipeline import stages
+from autocompress.pipeline.arch_stage import search_architecture
 from autocompress.pipeline.export_stage import PACKED, export
 from autocompress.pipeline.outcome import check_prediction, layer_table, outcome
 from autocompress.pipeline.prepare import inputs_of, prepare, prepare_own
@@ -198,6 +200,9 @@ def _same_inputs(run: stages.Run) -> None:
 def _run(run: stages.Run) -> Result:
     _same_inputs(run)
     recipe = run.prepared.recipe
+    if run.prepared.architectures:
+        found = search_architecture(run, run.prepared.architectures)
+        run.prepared = replace(run.prepared, candidates=(found,))
     candidate = stages.train(run)
     made = {"before": candidate.model}
     plan, model = Plan(), candidate.model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,13 +75,13 @@ def _search(run: Run, stage: Stage, problem: Problem) -> Plan:
         recorded = ledger.in_front_of(problem)
         for name, search in made_searches(settings).items():
             start = time.perf_counter()
-            shown = _Shown(run, f"{stage} {name}", recorded, settings.num_plans)
+            shown = Shown(run, f"{stage} {name}", recorded, settings.num_plans)
             results[name] = search(
                 recorded, num_plans=settings.num_plans, seed=run.prepared.recipe.seed, callbacks=(shown,)
             )
             shown.end(results[name])
             seconds[name] = time.perf_counter() - start
-            run.trials[stage] = {k: _trials(v) for k, v in results.items()}
+            run.trials[stage] = {k: trials_of(v.trials) for k, v in results.items()}
             run.directory.write_json("trials.json", run.trials)
     winner = max(results, key=lambda name: (results[name].best.score, name == settings.algorithm))
     best = results[winner].best
@@ -103,7 +103,7 @@ def _ledger(run: Run) -> Ledger:
 
 
 @dataclass
-class _Shown:
+class Shown:
     """Tells of every trial of one search."""
 
     run: Run
@@ -116,6 +116,7 @@ class _Shown:
         self.run.on_event(Event(self.stage, 0, self.total))
 
     def __call__(self, trial: Trial) -> None:
+        """Tell of one trial."""
         self.best = max(self.best, trial.score)
         budget = self.problem.budgets[0]
         figures = {
@@ -126,10 +127,12 @@ class _Shown:
         self.run.on_event(Event(self.stage, trial.index + 1, self.total, figures))
 
     def end(self, result: SearchResult) -> None:
+        """Tell that the search is over."""
         self.run.on_event(Event(self.stage, self.total, self.total, {"best": f"{result.best.score:.2%}"}))
 
 
-def _trials(result: SearchResult) -> list[dict[str, Any]]:
+def trials_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Trials as they are written to ``trials.json``."""
     return [
         {
             "index": trial.index,
@@ -139,7 +142,7 @@ def _trials(result: SearchResult) -> list[dict[str, Any]]:
             "seconds": trial.seconds,
             "plan": json.loads(trial.plan.to_json()),
         }
-        for trial in result.trials
+        for trial in trials
     ]
 
 

@@ -15,7 +15,7 @@ from autocompress.core import Bits, Budget, Knob, LayerGraph, Plan, Problem
 from autocompress.core.errors import InfeasibleBudgetError, RecipeError
 from autocompress.hardware_sim import MacsModel, load_target
 from autocompress.hardware_sim.lookup import Lookup
-from autocompress.pipeline.costs import Costs, content_digest, share_for_pruning
+from autocompress.pipeline.costs import Costs, content_digest, share_for_first
 from autocompress.pipeline.price import traced_graph
 from autocompress.pipeline.recipe import Recipe
 
@@ -126,7 +126,7 @@ def test_the_part_for_pruning_can_be_reached_and_leaves_enough_for_bits(
     start: float, channels: float, bits: float, part: float
 ) -> None:
     limit = start * (channels * bits) ** part
-    found = share_for_pruning(limit, start=start, fewest_channels=start * channels, fewest_bits=start * bits)
+    found = share_for_first(limit, start=start, smallest=[start * channels, start * bits])
     near = 1 + 1e-9
     assert start * channels <= found * near
     assert found <= start * near
@@ -136,10 +136,10 @@ def test_the_part_for_pruning_can_be_reached_and_leaves_enough_for_bits(
 
 
 def test_pruning_gets_all_of_a_budget_that_bits_do_not_touch_and_none_of_a_loose_one() -> None:
-    assert share_for_pruning(40.0, start=100.0, fewest_channels=10.0, fewest_bits=100.0) == 40
-    assert share_for_pruning(150.0, start=100.0, fewest_channels=10.0, fewest_bits=20.0) == 100
+    assert share_for_first(40.0, start=100.0, smallest=[10.0, 100.0]) == 40
+    assert share_for_first(150.0, start=100.0, smallest=[10.0, 20.0]) == 100
     # Equal ranges: the geometric mean.
-    assert share_for_pruning(25.0, start=100.0, fewest_channels=10.0, fewest_bits=10.0) == pytest.approx(50)
+    assert share_for_first(25.0, start=100.0, smallest=[10.0, 10.0]) == pytest.approx(50)
 
 
 def test_identity_follows_the_targets_content_and_the_bits(graph: LayerGraph) -> None:

@@ -72,7 +72,7 @@ def test_every_fault_is_reported_at_once_in_file_order_with_line_and_column() ->
         ("export:", "export: must be a mapping, got None"),
         ("name: a/b", "name: must be letters, digits"),
         ("seed: 4294967296", "seed: must be <= 4294967295, got 4294967296"),
-        ("stages: [train, export]", "stages: must hold prune, quantise or both, got train, export"),
+        ("stages: [train, export]", "stages: must hold nas, prune or quantise, got train, export"),
         (
             "stages: [prune, train]",
             "stages: come once each, in the order train, prune, finetune, quantise, qat, export",

@@ -154,10 +154,11 @@ def arch_problem(
     evaluate: Callable[[Plan], float],
     identity: str = "",
     bits: Bits | None = None,
+    order: Metric | None = None,
 ) -> Problem:
     """The problem of finding a space's best member within some budgets.
 
-    Knobs are ordered by the metric of the first budget. Where a machine's costs do not follow that order for
+    Knobs are ordered by the metric of the first budget, or ``order``. Where a machine's costs do not follow that order for
     every member, ``Problem.clip`` still gives a feasible choice, but not always the largest.
 
     Args:
@@ -167,11 +168,13 @@ def arch_problem(
         evaluate: plan -> score, higher is better.
         identity: see :class:`~autocompress.core.Problem`.
         bits: at which members are priced, for machines that have no floating point; a plan's own go first.
+        order: metric by which operations are ordered.
 
     Raises:
         InfeasibleBudgetError: the smallest member is over a budget.
     """
-    knobs = arch_knobs(space, model, budgets[0].metric if budgets else model.metrics[0], bits=bits)
+    by = order or (budgets[0].metric if budgets else model.metrics[0])
+    knobs = arch_knobs(space, model, by, bits=bits)
     prices: dict[Plan, Cost] = {}
 
     def price(plan: Plan) -> Cost:

@@ -1,5 +1,6 @@
 """Searches by gradient: one network that holds all members of a space, and a distribution over them."""
 
+from autocompress.nas.supernet.checkpoint import load_supernet
 from autocompress.nas.supernet.darts import DARTS
 from autocompress.nas.supernet.expected_cost import CostTerm
 from autocompress.nas.supernet.gdas import GDAS
@@ -24,4 +25,5 @@ __all__ = [
     "Supernet",
     "SupernetResult",
     "SupernetSearch",
+    "load_supernet",
 ]

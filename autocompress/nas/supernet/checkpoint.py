@@ -105,3 +105,27 @@ class SearchCheckpoint:
                 tensor.copy_(stored[name])
         state.supernet.reward_mean = reward_mean
         return reports
+
+
+def load_supernet(path: Path, supernet: Supernet) -> None:
+    """Fill a supernet with the weights and logits that a search left, whatever its target was.
+
+    Args:
+        path: the checkpoint of a search over the same space.
+        supernet: made with the same ``affine``; changed in place.
+
+    Raises:
+        CheckpointError: damaged, missing, or of another space; nothing was changed.
+    """
+    stored, _ = read_safetensors(path)
+    targets = {f"model.{name}": tensor for name, tensor in named_tensors(supernet).items()}
+    targets |= {f"alpha.{name}": alpha for name, alpha in supernet.alphas.items()}
+    for name, tensor in targets.items():
+        if name not in stored or stored[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{path} is not of a search over this {supernet.space.name} space: it lacks or alters "
+                f"{name.partition('.')[2]}"
+            )
+    with torch.no_grad():
+        for name, tensor in targets.items():
+            tensor.copy_(stored[name])
