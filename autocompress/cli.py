@@ -22,7 +22,7 @@ from autocompress.core.errors import AutocompressError
 
 if TYPE_CHECKING:
     from autocompress.core import Metric, Problem, Result
-    from autocompress.pipeline import Candidate, Event, Prepared
+    from autocompress.pipeline import Architectures, Candidate, Event, Prepared
 
 app = typer.Typer(
     add_completion=False,
@@ -77,7 +77,7 @@ def run(
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder of the run [runs/NAME].")] = None,
 ) -> None:
-    """Run a recipe: train, prune, fine-tune, quantise, export, report."""
+    """Run a recipe: find a network, train, prune, fine-tune, quantise, export, report."""
     from autocompress import pipeline
 
     with _progress() as on_event:
@@ -104,6 +104,8 @@ def check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     loaded = pipeline.Recipe.load(recipe, overrides or ())
     with pipeline.recipe_threads(loaded):
         prepared = pipeline.prepare(loaded)
+        if prepared.architectures:
+            _show_architectures(prepared.architectures)
         for candidate in prepared.candidates:
             _show_candidate(prepared, candidate)
 
@@ -272,7 +274,7 @@ def _progress() -> Iterator[Callable[[Event], None]]:
 
 
 def _show_result(result: Result) -> None:
-    from autocompress.pipeline.comparison import comparison, prediction_check, shortfalls
+    from autocompress.pipeline.comparison import chain_rows, comparison, prediction_check, shortfalls
 
     table = Table(title=f"{result.name}: {result.provenance['model']} on {result.provenance['data']}")
     for heading in ("", "before", "after", "change"):
@@ -280,6 +282,9 @@ def _show_result(result: Result) -> None:
     for row in comparison(result):
         table.add_row(*map(escape, row))
     out.print(table)
+    if rows := chain_rows(result):
+        headings = ["network", "test accuracy", *(f"{metric} (of the budget)" for metric in result.budgets)]
+        _show_rows("stage after stage", headings, rows)
     if note := prediction_check(result):
         out.print(escape(note), soft_wrap=True)
     if result.export:
@@ -303,6 +308,27 @@ def _show_rows(title: str, headings: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*(escape(text) for text in row))
     out.print(table)
+
+
+def _show_architectures(found: Architectures) -> None:
+    from autocompress.pipeline.comparison import number
+
+    space, problem = found.space, found.problem
+    table = Table(title=f"{space.name}: {space.num_members:,} networks")
+    for heading in ("decision", "operations, the cheapest first"):
+        table.add_column(heading, overflow="fold")
+    for knob in problem.knobs:
+        table.add_row(escape(knob.name), escape(", ".join(map(str, knob.choices))))
+    out.print(table)
+    for budget in problem.budgets:
+        low, high = (number(cost[budget.metric]) for cost in problem.reachable())
+        share = budget.limit / found.largest.costs.original[budget.metric]
+        out.print(
+            f"stage nas: {budget.metric}: from {low} to {high}; the stage gets {budget} ({share:.1%} of the "
+            "largest network). What follows is for a network near that.",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _show_candidate(prepared: Prepared, candidate: Candidate) -> None:
@@ -363,7 +389,7 @@ def _show_reach(candidate: Candidate, stage: str, problem: Problem) -> None:
         text = f"stage {stage}: {metric}{where}: from {low} ({share:.1%}) to {high}"
         out.print(text, highlight=False, soft_wrap=True)
     for budget in problem.budgets:
-        share = budget.limit / candidate.costs.reference.totals.get(budget.metric, math.nan)
+        share = budget.limit / candidate.costs.original.totals.get(budget.metric, math.nan)
         of = f" ({share:.1%} of the original)" if math.isfinite(share) else ""
         out.print(f"stage {stage}: budget {budget}{of} can be met", highlight=False)
 

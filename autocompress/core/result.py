@@ -81,11 +81,16 @@ class Result:
             ``latency_ms`` (ONNX Runtime, batch 1, one thread).
         plan: the chosen plan.
         budgets: metric -> absolute limit.
-        predicted: ``before`` and ``after`` -> what the recipe's cost models say, by metric; ``before`` is
-            the network that relative budgets refer to.
+        predicted: ``original``, ``before`` and ``after`` -> what the recipe's cost models say, by metric;
+            ``original`` is the network that relative budgets refer to, which is the largest of the space where
+            the one before was found by a search.
         expected: accuracies the recipe is known to reach, and the ``tolerance`` of that.
         search: stage -> name of its search, number of plans, best quick score, the baselines' scores, and
             the stage's budgets.
+        chain: every stage that made a network, in order: ``stage``, ``accuracy`` on the test split and what the
+            cost models say by metric, at the bits that layers have by then or are assumed to get.
+        alone: stage -> the same figures of a run with that stage alone within the same budgets, or
+            ``refused`` and why.
         export: largest absolute difference and top-1 agreement between ONNX Runtime and PyTorch.
         files: name -> ``about`` in words, ``bytes``, and what else is known of a file for other tools.
         provenance: versions, seed, recipe digest, git revision, threads, machine.
@@ -101,6 +106,8 @@ class Result:
     predicted: dict[str, dict[str, float]] = field(default_factory=dict)
     expected: dict[str, float] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
+    chain: list[dict[str, Any]] = field(default_factory=list)
+    alone: dict[str, dict[str, Any]] = field(default_factory=dict)
     export: dict[str, float] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)

@@ -1,5 +1,6 @@
 """Recipes, runs and reports."""
 
+from autocompress.pipeline.architectures import Architectures
 from autocompress.pipeline.estimate import Estimate, estimate
 from autocompress.pipeline.prepare import Prepared, prepare
 from autocompress.pipeline.problems import Candidate, problems_of
@@ -9,6 +10,7 @@ from autocompress.pipeline.report import write_report
 from autocompress.pipeline.run import compress, load_compressed, recipe_threads, resume, run_recipe
 
 __all__ = [
+    "Architectures",
     "Candidate",
     "Estimate",
     "Event",

@@ -48,7 +48,8 @@ def search_architecture(run: Run, architectures: Architectures) -> Candidate:
     if "trials" in found:
         run.trials["nas"], run.found["nas"] = found["trials"], found["found"]
         run.directory.write_json("trials.json", run.trials)
-    return architectures.candidate(found["arch"], recipe)
+    run.arch = found["arch"]
+    return architectures.candidate(run.arch, recipe)
 
 
 def _search(run: Run, architectures: Architectures) -> dict[str, Any]:

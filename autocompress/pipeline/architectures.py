@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def architectures_of(recipe: Recipe, data: Data) -> Architectures:
         RecipeError: no such space, or the target cannot run its networks.
         InfeasibleBudgetError: the cheapest member with the fewest channels and bits is over budget.
     """
-    space = _space(recipe.nas.space, data)
+    space = space_of(recipe.nas.space, data.input_shape, data.num_classes)
     target = load_target(recipe.target) if recipe.target else None
     free = _problem(space, recipe, Counted(target))
     largest = _member(space, free.plan([knob.choices[-1] for knob in free.knobs]).arch, recipe)
@@ -167,18 +167,27 @@ def supernet_file(settings: NasSettings) -> Path | None:
     return path
 
 
-def _space(name: str, data: Data) -> Space:
+def space_of(name: str, input_shape: Sequence[int], num_classes: int) -> Space:
+    """The space of that name for images and classes.
+
+    Args:
+        name: a key of :data:`autocompress.nas.SPACES`, or ``package.module:factory``.
+        input_shape: of one image, (channels, height, width).
+        num_classes: number of outputs.
+
+    Raises:
+        RecipeError: no such space, or the images do not fit it.
+    """
+    channels, height, width = input_shape
     if ":" in name:
-        made = call_factory(name, input_shape=data.input_shape, num_classes=data.num_classes)
+        made = call_factory(name, input_shape=(channels, height, width), num_classes=num_classes)
         if not isinstance(made, Space):
             raise RecipeError(f"nas.space: {name!r} must give a Space, got {type(made).__name__}")
         return made
     if name not in SPACES:
-        guess = (
-            did_you_mean(name, list(SPACES)) or f"; there are {', '.join(SPACES)}, or package.module:factory"
-        )
-        raise RecipeError(f"nas.space: no space named {name!r}{guess}")
-    return SPACES[name](data.input_shape, data.num_classes)
+        others = f"; there are {', '.join(SPACES)}, or package.module:factory"
+        raise RecipeError(f"nas.space: no space named {name!r}{did_you_mean(name, list(SPACES)) or others}")
+    return SPACES[name]((channels, height, width), num_classes)
 
 
 def _member(

@@ -22,9 +22,9 @@ from autocompress.pipeline.plots import (
     si,
     xy_chart,
 )
-from autocompress.pipeline.run_files import LayerChange, Searches, Training, UniformPoint
+from autocompress.pipeline.run_files import FoundArchitecture, LayerChange, Searches, Training, UniformPoint
 
-_METRIC_NAMES = {"macs": "MACs", "params": "parameters", "bitops": "bit operations"}
+_METRIC_NAMES: Mapping[str, str] = {"macs": "MACs", "params": "parameters", "bitops": "bit operations"}
 _SHARES: tuple[Metric, ...] = ("latency_ms", "energy_mj")
 
 
@@ -36,7 +36,7 @@ class Figure:
     legend: tuple[tuple[str, str, str], ...] = ()
 
 
-def metric_name(metric: Metric) -> str:
+def metric_name(metric: str) -> str:
     """A metric in a sentence."""
     return _METRIC_NAMES.get(metric, metric)
 
@@ -168,6 +168,41 @@ def _chosen(trial: Trial, result: Result) -> bool:
     """Whether a trial's plan is what was done; a plan of channels may have got bits later."""
     same = trial.plan.channels == result.plan.channels
     return same and (not trial.plan.bits or trial.plan.bits == result.plan.bits)
+
+
+def chain_figure(result: Result) -> Figure | None:
+    """Accuracy against the first budget's cost after every stage, and of stages alone."""
+    if not result.budgets:
+        return None
+    metric, limit = next(iter(result.budgets.items()))
+    steps = [step for step in result.chain if metric in step]
+    alone = {stage: found for stage, found in result.alone.items() if metric in found}
+    path = tuple((step[metric] / limit, step["accuracy"]) for step in steps)
+    if len(set(path)) < 2:
+        return None
+    titles = tuple(f"{step['stage']}: test accuracy {percent(step['accuracy'], 4)}" for step in steps)
+    series = [Series("stage after stage", path, 0, "line"), Series("", path, 0, "dots", titles)]
+    series += [
+        Series(f"{stage} alone", ((found[metric] / limit, found["accuracy"]),), colour, "ring")
+        for colour, (stage, found) in enumerate(alone.items(), start=1)
+    ]
+    places = [point for one in series for point in one.points]
+    x = Axis.over(f"{metric_name(metric)} (share of the budget)", [1.0, *(a for a, _ in places)], share=True)
+    y = Axis.over("test accuracy", [b for _, b in places], share=True)
+    legend = tuple((f"c{one.colour}", one.mark, one.name) for one in series if one.name)
+    return Figure(xy_chart(series, x=x, y=y, rule=Rule(1.0, "budget")), legend)
+
+
+def supernet_figures(found: FoundArchitecture) -> tuple[Figure, Figure] | None:
+    """Loss of the supernet, and the expected cost over the first budget, by epochs."""
+    if not found.epochs:
+        return None
+    metric, limit = next(iter(found.budgets.items()))
+    loss = _curve(found.epochs, "loss", "training loss", 0)
+    spent = [{**e, "spent": e["expected_cost"] / limit} for e in found.epochs if e["expected_cost"]]
+    cost = _curve(spent, "spent", f"expected {metric_name(metric)}", 1)
+    label = f"{metric_name(metric)} (share of the stage's budget)"
+    return _epoch_figure([loss], "loss"), _epoch_figure([cost], label, share=True)
 
 
 def training_figures(training: Training) -> list[tuple[str, Figure, Figure]]:

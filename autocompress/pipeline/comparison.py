@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 from autocompress.core import Budget, Cost, Metric, Result
 from autocompress.hardware_sim import MacsModel
@@ -120,6 +120,47 @@ def recovered(result: Result) -> str | None:
         f"Rounding changed the test accuracy by {points(rounded - start)}; training with rounding then "
         f"by {points(after['accuracy'] - rounded)}"
     )
+
+
+_STAGE_NAMES = {
+    "given": "as given",
+    "train": "trained",
+    "prune": "pruned",
+    "finetune": "fine-tuned",
+    "quantise": "quantised",
+    "qat": "trained with rounding",
+}
+
+
+def chain_rows(result: Result) -> list[list[str]]:
+    """Rows (network, test accuracy, cost by each budget's metric) of all stages, and of stages alone.
+
+    Costs are followed by their share of the budget. Only of runs in which more than one stage compressed, or
+    stages were run alone.
+    """
+    if not result.alone and len({tuple(_spent(result, step).values()) for step in result.chain}) < 3:
+        return []
+    rows = []
+    original = result.predicted.get("original", {})
+    if original and original != result.predicted.get("before"):
+        rows.append(["largest of the space, not trained", "", *_spent(result, original).values()])
+    rows += [
+        [_STAGE_NAMES[step["stage"]], percent(step["accuracy"], 4), *_spent(result, step).values()]
+        for step in result.chain
+    ]
+    for stage, found in result.alone.items():
+        if "refused" in found:
+            rows.append([f"{stage} alone", "cannot reach it", *("" for _ in result.budgets)])
+        else:
+            rows.append([f"{stage} alone", percent(found["accuracy"], 4), *_spent(result, found).values()])
+    return rows
+
+
+def _spent(result: Result, costs: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        metric: f"{number(costs[metric])} ({percent(costs[metric] / limit)})" if metric in costs else ""
+        for metric, limit in result.budgets.items()
+    }
 
 
 def prediction_check(result: Result) -> str | None:

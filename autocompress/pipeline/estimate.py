@@ -12,12 +12,15 @@ from torch import nn
 from torch.utils.data import Subset
 
 from autocompress.core import Plan
+from autocompress.nas import SearchSettings as SupernetSettings
+from autocompress.nas import SupernetSearch
+from autocompress.pipeline.architectures import Architectures, method_of
 from autocompress.pipeline.bit_score import BitScore
 from autocompress.pipeline.prepare import Prepared
 from autocompress.pipeline.problems import Candidate, problems_of, searches_of
 from autocompress.pipeline.quick_score import QuickScore
 from autocompress.pipeline.recipe import Recipe, Stage, TrainStage
-from autocompress.training import Data, Samples, TrainSettings, fit
+from autocompress.training import Samples, TrainSettings, fit
 
 STEPS = 4
 """Training steps that are timed."""
@@ -57,7 +60,9 @@ def estimate(prepared: Prepared, candidate: Candidate) -> Estimate:
     recipe, evaluations = prepared.recipe, _evaluation_seconds(prepared, candidate)
     stages: dict[str, float] = {}
     for stage in recipe.stages:
-        if stage == "train" and recipe.weights is None:
+        if stage == "nas" and prepared.architectures:
+            stages[stage] = _supernet_seconds(prepared, prepared.architectures)
+        elif stage == "train" and recipe.weights is None:
             once = _training_seconds(prepared, candidate.model, recipe.train)
             stages[stage] = once * len(prepared.candidates)
         elif stage in evaluations:
@@ -93,18 +98,25 @@ def _evaluation_seconds(prepared: Prepared, candidate: Candidate) -> dict[str, f
     return seconds
 
 
+def _supernet_seconds(prepared: Prepared, architectures: Architectures) -> float:
+    """A few steps of the supernet, scaled up; nothing where it is borrowed."""
+    recipe, data = prepared.recipe, prepared.data
+    settings = recipe.nas
+    if settings.supernet is not None:
+        return 0.0
+    images = min(STEPS * settings.batch_size, len(data.train))
+    small = replace(data, train=_first(data.train, images))
+    search = SupernetSearch(method_of(settings), SupernetSettings(epochs=1, batch_size=settings.batch_size))
+    start = time.perf_counter()
+    search(architectures.space, small, seed=recipe.seed, device=recipe.device)
+    return (time.perf_counter() - start) / images * len(data.train) * settings.epochs
+
+
 def _training_seconds(prepared: Prepared, model: nn.Module, settings: TrainStage) -> float:
     data = prepared.data
     images = min(STEPS * settings.batch_size, len(data.train))
     short = replace(TrainSettings(**settings.model_dump()), epochs=1, warmup_epochs=0)
-    small = Data(
-        data.name,
-        _first(data.train, images),
-        _first(data.search, 8),
-        data.test,
-        data.num_classes,
-        data.input_shape,
-    )
+    small = replace(data, train=_first(data.train, images), search=_first(data.search, 8))
     copy_ = copy.deepcopy(model)
     with torch.random.fork_rng():
         start = time.perf_counter()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -15,6 +17,26 @@ from autocompress.pipeline.problems import Candidate
 from autocompress.pipeline.provenance import provenance
 from autocompress.pipeline.stages import Run
 from autocompress.trace import measure
+from autocompress.training.evaluate import Scores
+
+
+@dataclass(frozen=True)
+class Step:
+    """A network that some stage made.
+
+    Args:
+        stage: which; ``given`` for the network the run was started with.
+        model: its network.
+        plan: all that was done to the original by then.
+    """
+
+    stage: str
+    model: nn.Module
+    plan: Plan
+
+    def figures(self, candidate: Candidate, scores: Scores) -> dict[str, Any]:
+        """An entry of :attr:`autocompress.core.Result.chain`."""
+        return {"stage": self.stage, "accuracy": scores.accuracy, **_figures(candidate.costs(self.plan))}
 
 
 def outcome(
@@ -22,7 +44,8 @@ def outcome(
     candidate: Candidate,
     plan: Plan,
     *,
-    accuracy: Mapping[str, float],
+    chain: Sequence[Mapping[str, Any]],
+    alone: Mapping[str, Mapping[str, Any]],
     exported: Exported,
 ) -> Result:
     """The result of a run.
@@ -31,25 +54,33 @@ def outcome(
         run: the run, its stages done.
         candidate: the network before.
         plan: all that was done to it.
-        accuracy: on the test split: ``before``, ``after`` and what was in between, such as ``before_qat``.
+        chain: the figures of every :class:`Step`.
+        alone: those of stages that were run without the others.
         exported: the files and their figures.
     """
     recipe, data, costs = run.prepared.recipe, run.prepared.data, candidate.costs
     reached = costs(plan)
-    between = {f"accuracy_{name}": v for name, v in accuracy.items() if name not in ("before", "after")}
+    between = {f"accuracy_before_{after['stage']}": step["accuracy"] for step, after in pairwise(chain[1:])}
     return Result(
         name=recipe.name,
-        before={"accuracy": accuracy["before"], **_counts(costs.reference), **exported.before},
-        after={"accuracy": accuracy["after"], **between, **_counts(reached), **exported.after},
-        plan=plan,
+        before={"accuracy": chain[0]["accuracy"], **_counts(costs.reference), **exported.before},
+        after={"accuracy": chain[-1]["accuracy"], **between, **_counts(reached), **exported.after},
+        plan=replace(plan, arch=run.arch),
         budgets={b.metric: b.limit for b in costs.resolve([b.budget for b in recipe.budgets])},
-        predicted={"before": _figures(costs.reference), "after": _figures(reached)},
+        predicted={
+            "original": _figures(costs.original),
+            "before": _figures(costs.reference),
+            "after": _figures(reached),
+        },
         expected=recipe.expected.model_dump(exclude_none=True),
         search=dict(run.found),
+        chain=[dict(step) for step in chain],
+        alone={stage: dict(figures) for stage, figures in alone.items()},
         export=exported.parity,
         files=exported.files,
         provenance=provenance(recipe)
         | {"model": candidate.name, "data": data.name, "input_shape": list(data.input_shape)}
+        | {"num_classes": data.num_classes}
         | _machine(costs.target),
         seconds=dict(run.seconds),
         run_dir=run.directory.path,

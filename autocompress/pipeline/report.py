@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from autocompress.core.files import write_atomically
 from autocompress.pipeline import charts
 from autocompress.pipeline.comparison import (
     budget_rows,
+    chain_rows,
     comparison,
     number,
     points,
@@ -21,9 +23,9 @@ from autocompress.pipeline.comparison import (
     target_name,
 )
 from autocompress.pipeline.plots import percent, si
-from autocompress.pipeline.run_files import LayerChange, RunFiles
+from autocompress.pipeline.run_files import FoundArchitecture, LayerChange, RunFiles
 
-_STAGES = {"prune": "Search for channels", "quantise": "Search for bits"}
+_STAGES = {"nas": "Search for the network", "prune": "Search for channels", "quantise": "Search for bits"}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -54,6 +56,11 @@ def write_report(run_dir: Path) -> Path:
             recovered=recovered(result),
             prediction=prediction_check(result),
             budgets=list(budget_rows(result)),
+            chain=chain_rows(result),
+            chain_metrics=list(result.budgets),
+            chain_figure=charts.chain_figure(result),
+            refused={stage: found["refused"] for stage, found in result.alone.items() if "refused" in found},
+            architecture=_architecture(files.architecture) if files.architecture else None,
             has_layers=layers is not None,
             pruned=bool(result.plan.channels) or not quantised,
             kept=charts.kept_figure(layers) if layers else None,
@@ -106,6 +113,35 @@ def _stages(files: RunFiles) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _architecture(found: FoundArchitecture) -> dict[str, Any]:
+    """What the section on the architecture shows."""
+    decisions = [
+        (name, found.arch[name], _likeliest(ops, found.probabilities[name]))
+        for name, ops in found.decisions.items()
+    ]
+    costs = [
+        (
+            metric,
+            *(number(cost[metric]) for cost in (found.smallest, found.cost, found.largest)),
+            number(limit),
+        )
+        for metric, limit in found.budgets.items()
+    ]
+    return {
+        "space": found.space,
+        "num_members": math.prod(len(ops) for ops in found.decisions.values()),
+        "decisions": decisions,
+        "costs": costs,
+        "figures": charts.supernet_figures(found),
+    }
+
+
+def _likeliest(operations: Sequence[str], probabilities: Sequence[float]) -> str:
+    """The three likeliest operations in words."""
+    pairs = sorted(zip(probabilities, operations, strict=True), reverse=True)[:3]
+    return ", ".join(f"{name} {percent(p, 2)}" for p, name in pairs)
 
 
 def _headline(result: Result) -> str:

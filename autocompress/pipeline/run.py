@@ -22,10 +22,12 @@ from autocompress.core.errors import (
 )
 from autocompress.export import read_packed
 from autocompress.pipeline import stages
+from autocompress.pipeline.alone import compare_alone
 from autocompress.pipeline.arch_stage import search_architecture
+from autocompress.pipeline.architectures import space_of
 from autocompress.pipeline.export_stage import PACKED, export
-from autocompress.pipeline.outcome import check_prediction, layer_table, outcome
-from autocompress.pipeline.prepare import inputs_of, prepare, prepare_own
+from autocompress.pipeline.outcome import Step, check_prediction, layer_table, outcome
+from autocompress.pipeline.prepare import inputs_of, prepare, prepare_nas, prepare_own
 from autocompress.pipeline.progress import OnEvent, silent
 from autocompress.pipeline.recipe import Recipe
 from autocompress.pipeline.report import write_report
@@ -76,7 +78,7 @@ def resume(path: Path, *, on_event: OnEvent = silent) -> Result:
 
 
 def compress(
-    model: nn.Module,
+    model: nn.Module | None,
     data: Data | tuple[Samples, Samples],
     recipe: Recipe | Mapping[str, Any],
     *,
@@ -86,7 +88,7 @@ def compress(
     """Compress your own network on your own data.
 
     Args:
-        model: maps (N, C, H, W) to logits (N, classes). Not changed.
+        model: maps (N, C, H, W) to logits (N, classes). Not changed. None where stage nas finds it.
         data: :class:`~autocompress.training.Data`, or a (train, test) pair of map-style data sets of
             (float tensor (C, H, W), int label); the search split is taken from the training data.
         recipe: what to do; ``model`` and ``data`` are left out. Without the stage ``train`` the network is
@@ -106,22 +108,27 @@ def compress(
     given = {"model": recipe.model, "weights": recipe.weights, "data": recipe.data}
     if faults := [f"{key}: leave it out; it is passed from Python" for key, value in given.items() if value]:
         raise RecipeError(faults)
+    if (model is None) != ("nas" in recipe.stages):
+        raise RecipeError("model: give a network, or None where the recipe has stage nas, which finds one")
     with recipe_threads(recipe):
         if not isinstance(data, Data):
             train, test = data
             data = from_datasets(train, test, seed=recipe.seed)
 
-        prepared = prepare_own({type(model).__name__: copy.deepcopy(model)}, data, recipe)
+        if model is None:
+            prepared = prepare_nas(data, recipe)
+        else:
+            prepared = prepare_own({type(model).__name__: copy.deepcopy(model)}, data, recipe)
         path = Path(run_dir) if run_dir else RunDirectory.next_free(Path("runs"), recipe.name)
         with _create_or_open(path, recipe) as directory:
             return _run(stages.Run(prepared, directory, on_event))
 
 
-def load_compressed(model: nn.Module, run_dir: Path | str) -> nn.Module:
+def load_compressed(model: nn.Module | None, run_dir: Path | str) -> nn.Module:
     """The compressed network of a finished run; of Brevitas layers where activations are integers.
 
     Args:
-        model: the original architecture, with any weights; not changed.
+        model: the original architecture, with any weights; not changed. None where stage nas found it.
         run_dir: folder of the run.
 
     Raises:
@@ -132,6 +139,8 @@ def load_compressed(model: nn.Module, run_dir: Path | str) -> nn.Module:
     if not (path / "result.json").exists():
         raise RunDirectoryError(f"{path} holds no result.json: the run has not finished; resume it first")
     result = Result.from_json((path / "result.json").read_text(encoding="utf-8"))
+    if model is None:
+        model = found_network(path, result)
     traced = trace(model, result.provenance["input_shape"])
     weights, quantisers = path / "model.safetensors", path / "quantisers.json"
     try:
@@ -149,6 +158,19 @@ def load_compressed(model: nn.Module, run_dir: Path | str) -> nn.Module:
     except RuntimeError as fault:
         raise CheckpointError(f"{path} was made from another network: {fault}") from fault
     return small.eval()
+
+
+def found_network(run_dir: Path, result: Result) -> nn.Module:
+    """The network that stage nas of a run found, with fresh weights.
+
+    Raises:
+        RunDirectoryError: the run has no such stage.
+    """
+    if not result.plan.arch:
+        raise RunDirectoryError(f"{run_dir} compressed a network that was given to it; pass that network")
+    name = Recipe.load(run_dir / "recipe.yaml").nas.space
+    space = space_of(name, result.provenance["input_shape"], result.provenance["num_classes"])
+    return space.build(result.plan.arch, seed=0)
 
 
 def _absolute(recipe: Recipe) -> Recipe:
@@ -204,27 +226,28 @@ def _run(run: stages.Run) -> Result:
         found = search_architecture(run, run.prepared.architectures)
         run.prepared = replace(run.prepared, candidates=(found,))
     candidate = stages.train(run)
-    made = {"before": candidate.model}
     plan, model = Plan(), candidate.model
+    steps = [Step("train" if "train" in recipe.stages else "given", model, plan)]
     if "prune" in recipe.stages:
         plan, model = search_channels(run, candidate)
-        made["before_finetune"] = model
+        steps.append(Step("prune", model, plan))
+    if "finetune" in recipe.stages:
         model = stages.finetune(run, candidate, model)
+        steps.append(Step("finetune", model, plan))
     check_prediction(candidate.costs(plan), model, run.prepared.data.input_shape)
     if "quantise" in recipe.stages:
-        if "prune" in recipe.stages:
-            made["before_quantise"] = model
         plan, score = search_bits(run, candidate, model, plan)
         if "qat" in recipe.stages:
-            made["before_qat"] = score.tables.network(plan)
+            steps.append(Step("quantise", score.tables.network(plan), plan))
         model = stages.qat(run, score, plan, model)
-    made["after"] = model
+        steps.append(Step("qat" if "qat" in recipe.stages else "quantise", model, plan))
     exported = export(run, candidate, model, plan)
     run.directory.write_json("layers.json", layer_table(candidate, plan))
     run.directory.write_json("training.json", run.training)
     with run.timed("test"):
-        accuracy = {name: evaluate(net, run.prepared.data.test).accuracy for name, net in made.items()}
-    result = outcome(run, candidate, plan, accuracy=accuracy, exported=exported)
+        chain = [step.figures(candidate, evaluate(step.model, run.prepared.data.test)) for step in steps]
+    compared = compare_alone(run, candidate, _run) if recipe.alone else {}
+    result = outcome(run, candidate, plan, chain=chain, alone=compared, exported=exported)
     run.directory.write("result.json", result.to_json())
     write_report(run.directory.path)
     return result

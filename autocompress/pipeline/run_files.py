@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +55,31 @@ class UniformPoint:
 
 
 @dataclass(frozen=True)
+class FoundArchitecture:
+    """What stage nas found, as in ``architecture.json``.
+
+    Args:
+        space: name of the space.
+        arch: decision -> operation.
+        decisions: decision -> the operations it offers.
+        probabilities: decision -> probability of each of them at the end.
+        cost, largest, smallest: of the member found, and of the space's ends, by metric.
+        budgets: of the stage.
+        epochs: of the supernet's training; none where it was borrowed.
+    """
+
+    space: str
+    arch: Mapping[str, str]
+    decisions: Mapping[str, Sequence[str]]
+    probabilities: Mapping[str, Sequence[float]]
+    cost: Mapping[Metric, float]
+    largest: Mapping[Metric, float]
+    smallest: Mapping[Metric, float]
+    budgets: Mapping[Metric, float]
+    epochs: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
 class RunFiles:
     """The files of a finished run; None where one is missing.
 
@@ -64,6 +89,7 @@ class RunFiles:
         searches: stage -> search -> its trials; the stage's own search first.
         uniform: the same bits everywhere, by bits; only of runs that choose bits.
         training: stage -> epochs, training before what follows it.
+        architecture: of runs with stage nas.
         recipe: its text.
     """
 
@@ -72,6 +98,7 @@ class RunFiles:
     searches: Mapping[str, Searches] | None
     uniform: tuple[UniformPoint, ...] | None
     training: Training | None
+    architecture: FoundArchitecture | None
     recipe: str | None
 
     @classmethod
@@ -97,6 +124,7 @@ class RunFiles:
             else None,
             _read_optional(run_dir / "uniform.json", _parse_uniform),
             _read_optional(run_dir / "training.json", _parse_training),
+            _read_optional(run_dir / "architecture.json", _parse_architecture),
             _read_optional(run_dir / "recipe.yaml", str),
         )
 
@@ -144,6 +172,11 @@ def _trial(entry: Mapping[str, Any]) -> Trial:
 
 def _parse_uniform(text: str) -> tuple[UniformPoint, ...]:
     return tuple(UniformPoint(**point) for point in _load(text))
+
+
+def _parse_architecture(text: str) -> FoundArchitecture:
+    found = _load(text)
+    return FoundArchitecture(**{key.name: found[key.name] for key in fields(FoundArchitecture)})
 
 
 def _parse_training(text: str) -> dict[str, list[dict[str, float]]]:

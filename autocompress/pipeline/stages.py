@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -29,7 +29,10 @@ from autocompress.training import EpochReport, TrainSettings, evaluate, fit
 
 @dataclass
 class Run:
-    """One run at work: what it was given, where it writes, what it has learnt so far by stage."""
+    """One run at work: what it was given, where it writes, what it has learnt so far by stage.
+
+    ``arch`` is the member of a space that stage nas found.
+    """
 
     prepared: Prepared
     directory: RunDirectory
@@ -38,6 +41,7 @@ class Run:
     trials: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    arch: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -59,7 +63,7 @@ def train(run: Run) -> Candidate:
     if "train" in recipe.stages and recipe.weights is None:
         with run.timed("train"):
             for candidate in candidates:
-                _fit(run, candidate.model, recipe.train, stage=f"train {candidate.name}", teacher=None)
+                fit_stage(run, candidate.model, recipe.train, stage=f"train {candidate.name}", teacher=None)
     if len(candidates) == 1:
         return candidates[0]
 
@@ -70,8 +74,18 @@ def train(run: Run) -> Candidate:
     return max(candidates, key=rank)
 
 
-def _fit(run: Run, model: nn.Module, settings: TrainStage, *, stage: str, teacher: nn.Module | None) -> None:
-    """Train in place with a checkpoint in the run directory and progress events."""
+def fit_stage(
+    run: Run, model: nn.Module, settings: TrainStage, *, stage: str, teacher: nn.Module | None
+) -> None:
+    """Train in place with a checkpoint in the run directory and progress events.
+
+    Args:
+        run: the run.
+        model: changed.
+        settings: of the training.
+        stage: its name, one of a kind in the run.
+        teacher: a network to learn from, where the settings say so.
+    """
     total = settings.epochs
 
     def on_epoch(report: EpochReport) -> None:
@@ -100,7 +114,7 @@ def finetune(run: Run, candidate: Candidate, small: nn.Module) -> nn.Module:
         return small
     tuned = copy.deepcopy(small)
     with run.timed("finetune"):
-        _fit(run, tuned, recipe.finetune, stage="finetune", teacher=candidate.model)
+        fit_stage(run, tuned, recipe.finetune, stage="finetune", teacher=candidate.model)
     return tuned
 
 
@@ -125,7 +139,7 @@ def qat(run: Run, score: BitScore, plan: Plan, model: nn.Module) -> nn.Module:
         return quantize(tables, plan).eval()
     if trains:
         with run.timed("qat"):
-            _fit(run, student, recipe.qat, stage="qat", teacher=teacher)
+            fit_stage(run, student, recipe.qat, stage="qat", teacher=teacher)
     return student.brevitas() if isinstance(student, QatNetwork) else _plain(student).eval()
 
 
