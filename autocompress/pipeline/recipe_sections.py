@@ -223,7 +223,7 @@ class NasSettings(Section):
     cost_weight: float = Field(default=0.1, ge=0)
     budgets: Budgets = ()
     supernet: Annotated[str, Field(min_length=1)] | None = None
-    num_plans: int = Field(default=0, ge=0)
+    num_plans: int = Field(default=0, ge=0, validate_default=True)
     score_images: Annotated[int, Field(ge=2)] | None = None
 
     @field_validator("warmup_epochs")
@@ -237,7 +237,9 @@ class NasSettings(Section):
     @classmethod
     def _scored_where_borrowed(cls, value: int, info: ValidationInfo) -> int:
         if info.data.get("supernet") and not value:
-            raise ValueError("must be >= 1 where a supernet is given, whose distribution is for its own run")
+            raise ValueError(
+                "num_plans must be >= 1 where a supernet is given, whose distribution is another run's"
+            )
         return value
 
 

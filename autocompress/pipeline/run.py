@@ -68,7 +68,7 @@ def resume(path: Path, *, on_event: OnEvent = silent) -> Result:
     """
     with RunDirectory.open(path) as directory:
         recipe = directory.recipe
-        if not recipe.model or recipe.data is None:
+        if recipe.data is None or not (recipe.model or "nas" in recipe.stages):
             raise RunDirectoryError(
                 f"{path} was started from Python with its own model and data; resume it there: "
                 "compress(model, data, recipe, run_dir=...)"

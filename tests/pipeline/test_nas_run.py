@@ -27,7 +27,7 @@ threads: 1
 target: bismo-zynq7020
 reference_bits: 8
 budgets: {latency_ms: 0.25}
-stages: [nas, train, prune, finetune, quantise, qat, export]
+stages: [nas, train, prune, finetune, quantise, qat]
 nas: {epochs: 2, warmup_epochs: 1, alpha_lr: 0.1, num_plans: 4, score_images: 64}
 train: {epochs: 1, batch_size: 64}
 prune: {round_to: 4, calibration_images: 64, recalibrate_batches: 1, score_images: 50}
@@ -40,7 +40,6 @@ quantise:
   score_images: 50
   search: {num_plans: 3}
 qat: {epochs: 1, batch_size: 64}
-export: {parity_images: 8, latency_runs: 1}
 """
 NAS_ONLY = """
 data: {name: digits, train_size: 256}
@@ -159,6 +158,7 @@ def test_python_data_get_a_network_of_their_own(tmp_path: Path) -> None:
     digits = load_data("digits", train_size=128)
     recipe = {
         "budgets": {"macs": 0.5},
+        "threads": 1,
         "stages": ["nas", "train"],
         "nas": {"epochs": 1},
         "train": {"epochs": 1},
@@ -213,20 +213,29 @@ def test_a_budget_no_member_can_meet_is_refused_before_anything_is_written(tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def tiny_images() -> Data:
+    """Digits cut to 4x4 pixels."""
+    digits = load_data("digits", train_size=64)
+    train, search, test = (
+        [(x[:, 2:6, 2:6], y) for x, y in split] for split in (digits.train, digits.search, digits.test)
+    )
+    return Data("tiny", train, search, test, num_classes=10, input_shape=(1, 4, 4))
+
+
 def test_images_too_small_for_the_space_are_refused() -> None:
-    text = NAS_ONLY.replace("name: digits", "name: 'sizes:tiny'")
-    with pytest.raises(RecipeError, match="sizes"):
-        prepare(Recipe.parse(f"{text}\nbudgets: {{macs: 0.5}}"))
+    recipe = Recipe.from_mapping({"budgets": {"macs": 0.5}, "stages": ["nas", "train"]})
+    with pytest.raises(RecipeError, match="8, 32, 224 pixels and more, got 4x4"):
+        compress(None, tiny_images(), recipe)
 
 
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
         ("stages: [nas]", "stages: nas finds a network that is not trained yet; add train"),
-        ("nas: {space: mbconv}", "no space named 'mbconv'; did you mean mbconv_chain"),
+        ("nas: {space: mbconv}", "no space named 'mbconv'; did you mean 'mbconv_chain'?"),
         ("nas: {settings: {variants: two}}", "method proxyless has no setting 'variants'"),
         ("nas: {warmup_epochs: 30}", "nas.warmup_epochs: must be < epochs (30), got 30"),
-        ("nas: {supernet: nowhere}", "nas.num_plans: must be >= 1 where a supernet is given"),
+        ("nas: {supernet: nowhere}", "num_plans must be >= 1 where a supernet is given"),
         ("nas: {supernet: nowhere, num_plans: 3}", "nowhere holds no nas.checkpoint"),
         ("model: resnet20", "model: leave it out; stage nas finds the network"),
         ("alone: [prune]", "alone: compares stages of the run with the whole; stages lacks prune"),
