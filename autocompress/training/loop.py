@@ -64,7 +64,7 @@ def fit(
     if len(data.train) == 0:
         raise DataError(f"the training split of {data.name!r} is empty")
     distilled = teacher if settings.distill_weight > 0 else None
-    optimizer = _optimizer(model, settings)
+    optimizer = sgd(model, settings)
     reports: tuple[EpochReport, ...] = ()
     saved = None
     if checkpoint is not None:
@@ -98,7 +98,7 @@ class _Learner:
         num_steps = num_batches(len(data.train), self.settings.batch_size)
         total_loss, num_right, num_seen, lr = 0.0, 0, 0, 0.0
         self.model.train()
-        with _seeded(derived_seed(seed, epoch, 1), device):
+        with seeded(derived_seed(seed, epoch, 1), device):
             stream = batches(data.train, self.settings.batch_size, seed=seed, epoch=epoch)
             for step, (x, y) in enumerate(stream):
                 lr = learning_rate(self.settings, epoch * num_steps + step, num_steps)
@@ -175,7 +175,8 @@ def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int) -> f
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.SGD:
+def sgd(model: nn.Module, settings: TrainSettings) -> torch.optim.SGD:
+    """The optimiser of a network's parameters, its momentum already made so that it can be restored."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if _decays(p)], "weight_decay": settings.weight_decay},
@@ -197,7 +198,8 @@ def _decays(parameter: Tensor) -> bool:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators at a seed, for dropout; set back on leaving."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)

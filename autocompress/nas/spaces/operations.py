@@ -218,19 +218,7 @@ class MBConv:
     def module(self, place: Place) -> nn.Module:
         """See :class:`Operation`."""
         hidden = place.in_channels * self.expand
-        layers: list[nn.Module] = []
-        if self.expand != 1:
-            layers += [
-                nn.Conv2d(place.in_channels, hidden, 1, bias=False),
-                nn.BatchNorm2d(hidden),
-                nn.ReLU6(),
-            ]
-        depthwise = nn.Conv2d(
-            hidden, hidden, self.kernel, place.stride, self.kernel // 2, groups=hidden, bias=False
-        )
-        layers += [depthwise, nn.BatchNorm2d(hidden), nn.ReLU6()]
-        project = nn.Conv2d(hidden, place.out_channels, 1, bias=False)
-        return nn.Sequential(*layers, project, nn.BatchNorm2d(place.out_channels))
+        return inverted_residual(place, self.kernel, hidden, expands=self.expand != 1)
 
     def sketch(self, sketch: Sketch, place: Place, x: Signal) -> Signal:
         """See :class:`Operation`."""
@@ -242,6 +230,24 @@ class MBConv:
         x = sketch.norm(f"{path}.{index + 1}", x)
         x = sketch.conv(f"{path}.{index + 3}", x, place.out_channels)
         return sketch.norm(f"{path}.{index + 4}", x)
+
+
+def inverted_residual(place: Place, kernel: int, hidden: int, *, expands: bool = True) -> nn.Sequential:
+    """The layers of :class:`MBConv` with any number of channels inside.
+
+    Args:
+        place: where it runs.
+        kernel: of the depthwise convolution.
+        hidden: its channels.
+        expands: whether a 1x1 convolution makes them; without, they are the input's.
+    """
+    layers: list[nn.Module] = []
+    if expands:
+        layers += [nn.Conv2d(place.in_channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()]
+    depthwise = nn.Conv2d(hidden, hidden, kernel, place.stride, kernel // 2, groups=hidden, bias=False)
+    layers += [depthwise, nn.BatchNorm2d(hidden), nn.ReLU6()]
+    project = nn.Conv2d(hidden, place.out_channels, 1, bias=False)
+    return nn.Sequential(*layers, project, nn.BatchNorm2d(place.out_channels))
 
 
 CELL_OPERATIONS: dict[str, Operation] = {
