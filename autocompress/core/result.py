@@ -82,13 +82,13 @@ class Result:
         plan: the chosen plan.
         budgets: metric -> absolute limit.
         predicted: ``original``, ``before`` and ``after`` -> what the recipe's cost models say, by metric;
-            ``original`` is the network that relative budgets refer to, which is the largest of the space where
-            the one before was found by a search.
+            ``original`` is what relative budgets refer to: the largest network of the space where a search
+            found the one before.
         expected: accuracies the recipe is known to reach, and the ``tolerance`` of that.
         search: stage -> name of its search, number of plans, best quick score, the baselines' scores, and
             the stage's budgets.
-        chain: every stage that made a network, in order: ``stage``, ``accuracy`` on the test split and what the
-            cost models say by metric, at the bits that layers have by then or are assumed to get.
+        chain: every stage that made a network, in order: ``stage``, ``accuracy`` on the test split and what
+            the cost models say by metric, at the bits that layers have by then or are assumed to get.
         alone: stage -> the same figures of a run with that stage alone within the same budgets, or
             ``refused`` and why.
         export: largest absolute difference and top-1 agreement between ONNX Runtime and PyTorch.

@@ -109,7 +109,9 @@ def _supernet(run: Run, architectures: Architectures) -> tuple[Supernet, tuple[S
         weight_decay=settings.weight_decay,
     )
     run.on_event(Event("nas", 0, settings.epochs))
-    result = SupernetSearch(method, weights, CostTerm(costs, budget.limit, weight=settings.cost_weight))(
+    result = SupernetSearch(
+        method, weights, CostTerm(costs, budget.limit, "add_excess", settings.cost_weight)
+    )(
         space,
         run.prepared.data,
         seed=recipe.seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ CHECKPOINT = "nas.checkpoint"
 """The supernet, in the folder of its run."""
 _STEPS = np.concatenate([[0.0], np.geomspace(1e-3, 1e4, 141)])
 _SHRINK = 0.9
+_FROM_DATA = ("input_shape", "num_classes", "name")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def architectures_of(recipe: Recipe, data: Data) -> Architectures:
         RecipeError: no such space, or the target cannot run its networks.
         InfeasibleBudgetError: the cheapest member with the fewest channels and bits is over budget.
     """
-    space = space_of(recipe.nas.space, data.input_shape, data.num_classes)
+    space = space_of(recipe.nas, data.input_shape, data.num_classes)
     target = load_target(recipe.target) if recipe.target else None
     free = _problem(space, recipe, Counted(target))
     largest = _member(space, free.plan([knob.choices[-1] for knob in free.knobs]).arch, recipe)
@@ -167,27 +169,38 @@ def supernet_file(settings: NasSettings) -> Path | None:
     return path
 
 
-def space_of(name: str, input_shape: Sequence[int], num_classes: int) -> Space:
-    """The space of that name for images and classes.
+def space_of(settings: NasSettings, input_shape: Sequence[int], num_classes: int) -> Space:
+    """The space that a recipe names, for images and classes.
 
     Args:
-        name: a key of :data:`autocompress.nas.SPACES`, or ``package.module:factory``.
+        settings: the recipe's section.
         input_shape: of one image, (channels, height, width).
         num_classes: number of outputs.
 
     Raises:
-        RecipeError: no such space, or the images do not fit it.
+        RecipeError: no such space or setting, or the images do not fit it.
     """
+    name, own = settings.space, dict(settings.space_settings)
     channels, height, width = input_shape
+    shape = (channels, height, width)
     if ":" in name:
-        made = call_factory(name, input_shape=(channels, height, width), num_classes=num_classes)
+        made = call_factory(name, input_shape=shape, num_classes=num_classes, **own)
         if not isinstance(made, Space):
             raise RecipeError(f"nas.space: {name!r} must give a Space, got {type(made).__name__}")
         return made
     if name not in SPACES:
         others = f"; there are {', '.join(SPACES)}, or package.module:factory"
         raise RecipeError(f"nas.space: no space named {name!r}{did_you_mean(name, list(SPACES)) or others}")
-    return SPACES[name]((channels, height, width), num_classes)
+    known = [key for key in signature(SPACES[name]).parameters if key not in _FROM_DATA]
+    if unknown := [key for key in own if key not in known]:
+        raise RecipeError(
+            [
+                f"nas.space_settings: space {name} has no setting {key!r}"
+                f"{did_you_mean(key, known) or '; known are ' + ', '.join(known)}"
+                for key in unknown
+            ]
+        )
+    return SPACES[name](shape, num_classes, **own)
 
 
 def _member(

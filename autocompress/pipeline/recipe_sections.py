@@ -191,6 +191,7 @@ class NasSettings(Section):
 
     Args:
         space: a known space, or ``package.module:factory`` of (input shape, number of classes).
+        space_settings: options of the space itself, such as ``{width: 0.5}``.
         method: how the distribution is learnt.
         settings: options of the method itself.
         epochs: passes over the training split, warm-up included.
@@ -201,7 +202,8 @@ class NasSettings(Section):
         weight_decay: on the supernet's weights.
         alpha_lr: learning rate of the distribution's logits; null for the method's own, which is meant for
             tens of thousands of steps.
-        cost_weight: how much the expected cost counts: the loss grows by this much per budget overspent.
+        cost_weight: how much the expected cost counts where it is over the stage's budget: the loss grows by
+            this much per budget overspent.
         budgets: limits of this stage; none for the part of the recipe's budgets that
             :func:`autocompress.pipeline.costs.share_for_first` gives it.
         supernet: folder of a run whose supernet is used instead of training one: another target or budget
@@ -211,6 +213,7 @@ class NasSettings(Section):
     """
 
     space: Annotated[str, Field(min_length=1)] = "mbconv_chain"
+    space_settings: dict[str, JsonValue] = Field(default_factory=dict)
     method: Literal["proxyless", "darts", "gdas"] = "proxyless"
     settings: dict[str, JsonValue] = Field(default_factory=dict)
     epochs: Count = 30
@@ -220,7 +223,7 @@ class NasSettings(Section):
     min_lr: float = Field(default=0.001, ge=0)
     weight_decay: float = Field(default=3e-4, ge=0)
     alpha_lr: float | None = Field(default=None, gt=0)
-    cost_weight: float = Field(default=0.1, ge=0)
+    cost_weight: float = Field(default=1.0, ge=0)
     budgets: Budgets = ()
     supernet: Annotated[str, Field(min_length=1)] | None = None
     num_plans: int = Field(default=0, ge=0, validate_default=True)

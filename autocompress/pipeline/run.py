@@ -168,8 +168,8 @@ def found_network(run_dir: Path, result: Result) -> nn.Module:
     """
     if not result.plan.arch:
         raise RunDirectoryError(f"{run_dir} compressed a network that was given to it; pass that network")
-    name = Recipe.load(run_dir / "recipe.yaml").nas.space
-    space = space_of(name, result.provenance["input_shape"], result.provenance["num_classes"])
+    settings = Recipe.load(run_dir / "recipe.yaml").nas
+    space = space_of(settings, result.provenance["input_shape"], result.provenance["num_classes"])
     return space.build(result.plan.arch, seed=0)
 
 

@@ -142,13 +142,15 @@ def test_the_gradient_of_expected_cost_is_p_times_the_distance_from_the_mean() -
         torch.testing.assert_close(alpha.grad, p * (f - (p * f).sum()))
 
 
-def test_both_forms_of_the_loss_are_those_of_the_paper() -> None:
+def test_the_forms_of_the_loss_are_those_of_the_paper_and_an_excess_counts_above_the_limit_only() -> None:
     costs = table_costs(10 + random_table((2, 3), 1), fixed=5.0)
     p = {name: torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64) for name in costs.table}
     expected = 5.0 + sum(float(row @ np.array([0.2, 0.3, 0.5])) for row in costs.table.values())
     error = torch.tensor(0.7, dtype=torch.float64)
     linear = CostTerm(costs, 20.0, "add_linear", weight=0.1).loss(error, p)
     assert float(linear) == pytest.approx(0.7 + 0.1 * (expected - 20) / 20)
+    above, below = (CostTerm(costs, limit, "add_excess", weight=0.1).loss(error, p) for limit in (20.0, 1e3))
+    assert (float(above), float(below)) == (float(linear), 0.7)
     log = CostTerm(costs, 20.0, "mul_log", weight=0.3, scale=0.2).loss(error, p)
     assert float(log) == pytest.approx(0.2 * 0.7 * (math.log(expected) / math.log(20)) ** 0.3, rel=1e-6)
 

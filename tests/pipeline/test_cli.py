@@ -209,16 +209,24 @@ def test_run_prints_the_table_and_the_report_can_be_written_again(
 @pytest.mark.parametrize("path", bundled_recipes(), ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_feasible_for_its_networks(path: Path) -> None:
     from autocompress.core.errors import InfeasibleBudgetError
+    from autocompress.pipeline.architectures import architectures_of, representative
     from autocompress.pipeline.costs import Costs
     from autocompress.pipeline.problems import Candidate, problems_of
     from autocompress.trace import trace
+    from autocompress.training import Data
 
     recipe = Recipe.load(path)
     shape = (1, 8, 8) if recipe.data and recipe.data.name == "digits" else (3, 32, 32)
+    candidates = []
     for name in recipe.model:
         model = build(name, num_classes=10, in_channels=shape[0])
         traced = trace(model, shape)
-        candidate = Candidate(name, model, traced, Costs.of(recipe, traced.graph))
+        candidates.append(Candidate(name, model, traced, Costs.of(recipe, traced.graph)))
+    if "nas" in recipe.stages:
+        blank = [(torch.zeros(shape), 0)] * 2
+        found = architectures_of(recipe, Data("blank", blank, blank, blank, 10, shape))
+        candidates.append(representative(found, recipe))
+    for candidate in candidates:
         for problem in problems_of(candidate, recipe).values():
             smallest, largest = problem.reachable()
             assert smallest["bitops"] < largest["bitops"]

@@ -233,6 +233,7 @@ def test_images_too_small_for_the_space_are_refused() -> None:
     [
         ("stages: [nas]", "stages: nas finds a network that is not trained yet; add train"),
         ("nas: {space: mbconv}", "no space named 'mbconv'; did you mean 'mbconv_chain'?"),
+        ("nas: {space_settings: {widht: 0.5}}", "mbconv_chain has no setting 'widht'; did you mean 'width'?"),
         ("nas: {settings: {variants: two}}", "method proxyless has no setting 'variants'"),
         ("nas: {warmup_epochs: 30}", "nas.warmup_epochs: must be < epochs (30), got 30"),
         ("nas: {supernet: nowhere}", "num_plans must be >= 1 where a supernet is given"),

@@ -158,8 +158,8 @@ def arch_problem(
 ) -> Problem:
     """The problem of finding a space's best member within some budgets.
 
-    Knobs are ordered by the metric of the first budget, or ``order``. Where a machine's costs do not follow that order for
-    every member, ``Problem.clip`` still gives a feasible choice, but not always the largest.
+    Knobs are ordered by the metric of the first budget, or ``order``. Where a machine's costs do not follow
+    that order for every member, ``Problem.clip`` still gives a feasible choice, but not always the largest.
 
     Args:
         space: the networks.

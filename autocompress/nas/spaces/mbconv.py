@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -207,28 +208,49 @@ class MBConvChain(Space):
         return sketch.graph()
 
 
-def mbconv_chain(input_shape: tuple[int, int, int], num_classes: int) -> MBConvChain:
+def mbconv_chain(input_shape: tuple[int, int, int], num_classes: int, *, width: float = 1.0) -> MBConvChain:
     """The chain whose layout suits images of that size: the largest layout that is no larger than they are.
 
     Args:
         input_shape: of one image, (channels, height, width).
         num_classes: number of outputs.
+        width: multiplies the channels of the skeleton, which are then rounded to multiples of 8 (the width
+            multiplier of Howard et al., arXiv 1704.04861, section 3.3).
 
     Raises:
-        RecipeError: images smaller than every layout, or that cannot be halved as often as the layout does.
+        RecipeError: images smaller than every layout, or that cannot be halved as often as the layout does;
+            a width that is not positive.
 
     Example:
         >>> space = mbconv_chain((1, 8, 8), 10)
         >>> space.num_members, space.decisions["block01"]
         (1764, ('k3e3', 'k5e3', 'k7e3', 'k3e6', 'k5e6', 'k7e6'))
     """
+    if not 0 < width < math.inf:
+        raise RecipeError(f"mbconv_chain: width must be > 0 and finite, got {width}")
     fitting = [size for size in LAYOUTS if size <= min(input_shape[1:])]
     if not fitting:
         raise RecipeError(
             f"mbconv_chain has layouts for images of {', '.join(map(str, LAYOUTS))} pixels and more, got "
             f"{input_shape[1]}x{input_shape[2]}; give MBConvChain a Layout with fewer strides of 2"
         )
-    return MBConvChain(LAYOUTS[max(fitting)], input_shape, num_classes)
+    return MBConvChain(_scaled(LAYOUTS[max(fitting)], width), input_shape, num_classes)
+
+
+def _scaled(layout: Layout, width: float) -> Layout:
+    if width == 1:
+        return layout
+
+    def channels(count: int) -> int:
+        return max(8, 8 * round(count * width / 8))
+
+    return Layout(
+        channels(layout.stem),
+        layout.stem_stride,
+        channels(layout.first),
+        tuple(replace(stage, width=channels(stage.width)) for stage in layout.stages),
+        channels(layout.head),
+    )
 
 
 def _residual(place: Place) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from autocompress.core.errors import RecipeError
 from autocompress.nas.spaces import OperationCosts
 
-LossForm = Literal["add_linear", "mul_log"]
+LossForm = Literal["add_linear", "add_excess", "mul_log"]
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,12 @@ class CostTerm:
     """A machine's cost as part of the loss.
 
     ``E[cost] = fixed + sum over decisions of sum_j p_j F_j`` with the costs F of the operations, so that
-    ``dE/dalpha_i = p_i (F_i - E_decision)``. Cai, Zhu, Han, arXiv 1812.00332, section 3.3, and the two forms
-    of the released code:
+    ``dE/dalpha_i = p_i (F_i - E_decision)``. Cai, Zhu, Han, arXiv 1812.00332, section 3.3, the two forms
+    of the released code, and one of ours:
 
     - ``add_linear``: ``loss + weight * (E - reference) / reference``; the code's weight is 0.1.
+    - ``add_excess``: the same where E is above the reference, else the loss alone. For limits: a distribution
+      within one is not pushed further down.
     - ``mul_log``: ``scale * loss * (log E / log reference) ** weight``; the code's scale and weight are 0.2
       and 0.3 for its phone. Needs costs well above 1 in their unit: the logarithm must be positive.
 
@@ -83,5 +85,7 @@ class CostTerm:
         expected = self.expected(probabilities).to(error)
         if self.form == "add_linear":
             return error + self.weight * (expected - self.reference) / self.reference
+        if self.form == "add_excess":
+            return error + self.weight * torch.relu(expected - self.reference) / self.reference
         reference = torch.log(torch.tensor(self.reference).to(error))
         return self.scale * error * (torch.log(expected) / reference) ** self.weight
