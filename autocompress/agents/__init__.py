@@ -9,7 +9,10 @@ from typing import Any
 from autocompress.agents.actor_critic import HAQ_SETTINGS, DDPGSearch, SACSearch, TD3Search
 from autocompress.agents.allocate import allocate_bits
 from autocompress.agents.baselines import Greedy, RandomSearch, Uniform, least_plans
+from autocompress.agents.cma_es import CmaEs
+from autocompress.agents.evolution import Evolution
 from autocompress.agents.milp import MilpSearch
+from autocompress.agents.tpe import Tpe
 from autocompress.core import Search
 from autocompress.core.errors import RecipeError
 from autocompress.core.wording import did_you_mean
@@ -17,12 +20,15 @@ from autocompress.core.wording import did_you_mean
 __all__ = [
     "HAQ_SETTINGS",
     "SEARCHES",
+    "CmaEs",
     "DDPGSearch",
+    "Evolution",
     "Greedy",
     "MilpSearch",
     "RandomSearch",
     "SACSearch",
     "TD3Search",
+    "Tpe",
     "Uniform",
     "allocate_bits",
     "least_plans",
@@ -37,6 +43,9 @@ SEARCHES: dict[str, type[Any]] = {
     "uniform": Uniform,
     "greedy": Greedy,
     "milp": MilpSearch,
+    "cma_es": CmaEs,
+    "tpe": Tpe,
+    "evolution": Evolution,
 }
 
 

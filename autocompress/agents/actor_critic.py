@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from autocompress.agents.settings import Rule, are_counts, check_settings, is_count, is_share
 from autocompress.core import Problem, SearchResult, TrialCallback
-from autocompress.core.errors import RecipeError
 
 Algorithm = Literal["ddpg", "td3", "sac"]
 
@@ -65,29 +64,29 @@ class ActorCriticSearch:
     algorithm: ClassVar[Algorithm]
 
     def __post_init__(self) -> None:
-        rules: list[tuple[str, Any, bool]] = [
-            ("hidden must be one or more whole numbers >= 1", self.hidden, _are_counts(self.hidden)),
-            ("learning_rate must be in (0, 1]", self.learning_rate, _is_share(self.learning_rate)),
-            ("batch_size must be a whole number >= 1", self.batch_size, _are_counts([self.batch_size])),
-            ("sigma must be in (0, 1]", self.sigma, _is_share(self.sigma)),
-            ("sigma_end must be in (0, 1]", self.sigma_end, _is_share(self.sigma_end)),
+        rules: list[Rule] = [
+            ("hidden must be one or more whole numbers >= 1", self.hidden, are_counts(self.hidden)),
+            ("learning_rate must be in (0, 1]", self.learning_rate, is_share(self.learning_rate)),
+            ("batch_size must be a whole number >= 1", self.batch_size, is_count(self.batch_size)),
+            ("sigma must be in (0, 1]", self.sigma, is_share(self.sigma)),
+            ("sigma_end must be in (0, 1]", self.sigma_end, is_share(self.sigma_end)),
             (
                 "updates_per_step must be a whole number >= 1",
                 self.updates_per_step,
-                _are_counts([self.updates_per_step]),
+                is_count(self.updates_per_step),
             ),
             (
                 "imitation_steps must be a whole number >= 0",
                 self.imitation_steps,
-                self.imitation_steps == 0 or _are_counts([self.imitation_steps]),
+                is_count(self.imitation_steps, 0),
             ),
             ("warm_start must be true or false", self.warm_start, isinstance(self.warm_start, bool)),
         ]
-        faults = [f"{rule}, got {value!r}" for rule, value, holds in rules if not holds]
-        if not faults and self.sigma_end > self.sigma:
-            faults = [f"sigma_end must be at most sigma ({self.sigma}), got {self.sigma_end}"]
-        if faults:
-            raise RecipeError([f"search {self.algorithm}: {fault}" for fault in faults])
+        check_settings(self.algorithm, rules)
+        falls = self.sigma_end <= self.sigma
+        check_settings(
+            self.algorithm, [(f"sigma_end must be at most sigma ({self.sigma})", self.sigma_end, falls)]
+        )
 
     def least_plans(self, num_knobs: int) -> int:
         """One plan to learn from, and the actor's own."""
@@ -136,19 +135,3 @@ class SACSearch(ActorCriticSearch):
     """
 
     algorithm: ClassVar[Algorithm] = "sac"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 < value <= 1
-
-
-def _are_counts(values: Any) -> bool:
-    return (
-        isinstance(values, list | tuple)
-        and len(values) > 0
-        and all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values)
-    )

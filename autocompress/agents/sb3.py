@@ -47,8 +47,8 @@ from autocompress.agents.baselines import recorded, require_plans
 from autocompress.agents.scaling import scaled_to_budget
 from autocompress.agents.warm_up import SMALLEST_FRACTION, WarmUp
 from autocompress.core import Problem, SearchResult, Trial, TrialCallback, Value
-from autocompress.core.errors import DivergenceError, RecipeError
-from autocompress.envs import ChannelPruningEnv, LayerwiseEnv, MixedPrecisionEnv
+from autocompress.core.errors import DivergenceError
+from autocompress.envs import ChannelPruningEnv, JointEnv, LayerwiseEnv, MixedPrecisionEnv
 from autocompress.envs.layerwise import Vector
 
 _ALGORITHMS = {"ddpg": DDPG, "td3": TD3, "sac": SAC}
@@ -199,7 +199,6 @@ def search(
 
     Raises:
         InfeasibleBudgetError: no plan meets the budgets.
-        RecipeError: knobs of kinds that no environment decides together.
         ValueError: ``num_plans`` is below 2, or knobs lack the features of their environment.
         DivergenceError: rewards or network weights are not finite.
     """
@@ -237,7 +236,6 @@ def env_for(problem: Problem) -> LayerwiseEnv:
 
     Raises:
         InfeasibleBudgetError: no plan meets the budgets.
-        RecipeError: the knobs are of kinds that no environment decides together.
         ValueError: knobs without the environment's features.
     """
     kinds = {knob.kind for knob in problem.knobs}
@@ -245,10 +243,7 @@ def env_for(problem: Problem) -> LayerwiseEnv:
         return ChannelPruningEnv(problem)
     if kinds <= {"weight_bits", "act_bits"}:
         return MixedPrecisionEnv(problem, enforce="sweep")
-    raise RecipeError(
-        f"learned searches decide channels or bits, this problem has {', '.join(sorted(kinds))}; search them "
-        "one after the other, or use random or greedy"
-    )
+    return JointEnv(problem)
 
 
 def play(env: LayerwiseEnv, policy: Policy) -> Episode:

@@ -15,7 +15,8 @@ def scaled_to_budget(problem: Problem, fractions: Sequence[float]) -> list[Value
 
     Clipping knob by knob starves the knobs decided last. Channels are multiplied by a common factor. Bits are
     moved by a common number of bits: rounding errors shrink fourfold with every bit, so when a budget grows,
-    the plan that loses least gains about the same number of bits everywhere. Costs prices, not scores.
+    the plan that loses least gains about the same number of bits everywhere. Where a problem has both, or
+    architectures, all choices are multiplied. Costs prices, not scores.
 
     Args:
         problem: with reachable budgets.
@@ -26,9 +27,10 @@ def scaled_to_budget(problem: Problem, fractions: Sequence[float]) -> list[Value
     """
     problem.reachable()
     low, high = 0.0, max(2.0, 1 / max(min(fractions), 1e-6))
+    by_bits = all(knob.is_bits for knob in problem.knobs)
 
     def at(level: float) -> list[Value]:
-        return [_moved(knob, f, level) for knob, f in zip(problem.knobs, fractions, strict=True)]
+        return [_moved(k, f, level, by_bits) for k, f in zip(problem.knobs, fractions, strict=True)]
 
     if problem.feasible(at(high)):
         return at(high)
@@ -38,9 +40,9 @@ def scaled_to_budget(problem: Problem, fractions: Sequence[float]) -> list[Value
     return at(low)
 
 
-def _moved(knob: Knob, fraction: float, level: float) -> Value:
+def _moved(knob: Knob, fraction: float, level: float, by_bits: bool) -> Value:
     """The choice at ``fraction`` for level 1, the first for level 0, the last for high levels."""
-    if knob.is_bits:
+    if by_bits:
         return knob.at(fraction + (level - 1) * _MOST_CHOICES / len(knob.choices))
     return knob.at(level * fraction)
 
@@ -48,7 +50,7 @@ def _moved(knob: Knob, fraction: float, level: float) -> Value:
 def uniform_assignments(problem: Problem) -> list[list[Value]]:
     """The uniform assignments within every budget that no other one exceeds, the plainest first.
 
-    Without bits there is one: all knobs at the largest common fraction. With bits, all weights have one
+    Unless all knobs decide bits there is one: all at the largest common fraction. Else all weights have one
     width and all activations another (a knob that lacks the width takes the next narrower it has): first the
     widest common to both, then the pairs in which neither can be wider, the most equal first. Costs prices,
     not scores.
@@ -57,7 +59,7 @@ def uniform_assignments(problem: Problem) -> list[list[Value]]:
         InfeasibleBudgetError: no plan meets the budgets.
     """
     problem.reachable()
-    if not any(knob.is_bits for knob in problem.knobs):
+    if not all(knob.is_bits for knob in problem.knobs):
         return [scaled_to_budget(problem, [1.0] * len(problem.knobs))]
     widths = sorted({int(c) for knob in problem.knobs for c in knob.choices if knob.is_bits})
     widest = {
@@ -71,12 +73,10 @@ def uniform_assignments(problem: Problem) -> list[list[Value]]:
 
 
 def _at_bits(problem: Problem, weight: int, act: int) -> list[Value]:
-    """Every knob at its widest choice up to the given width, or its first; other kinds unchanged."""
+    """Every knob at its widest choice up to the given width, or its first."""
     wanted = {"weight_bits": weight, "act_bits": act}
 
     def at(knob: Knob) -> Value:
-        if not knob.is_bits:
-            return knob.choices[-1]
         return max((c for c in knob.choices if int(c) <= wanted[knob.kind]), default=knob.choices[0])
 
     return [at(knob) for knob in problem.knobs]

@@ -23,8 +23,8 @@ class WarmUp:
         problem: what is searched.
         rng: draws jittered and random plans.
         seed: of the planner.
-        planned: whether bits come from :class:`~autocompress.agents.milp.BitPlanner`, as long as it has new
-            plans. Else the uniform plans come first, then jittered and random ones in turn.
+        planned: whether plans of nothing but bits come from :class:`~autocompress.agents.milp.BitPlanner`, as
+            long as it has new ones. Else the uniform plans come first, then jittered and random ones in turn.
 
     Attributes:
         is_planned: whether plans come from a planner.
@@ -36,7 +36,8 @@ class WarmUp:
         self._uniform = uniform_assignments(problem)
         self._num_proposed = 0
         self._planner = None
-        if planned and any(knob.is_bits for knob in problem.knobs):
+        self._only_bits = all(knob.is_bits for knob in problem.knobs)
+        if planned and self._only_bits:
             self._planner = BitPlanner(problem, seed)
             self._plans = self._planner.proposals(probe=False)
         self.is_planned = self._planner is not None
@@ -63,11 +64,11 @@ class WarmUp:
             self._planner.observe(values, score)
 
     def _jittered(self) -> NDArray[np.float64]:
-        """Channels: a share off the common fraction. Bits: one bit off the uniform plan."""
+        """A share off the common fraction; where all knobs are bits, one bit off the uniform plan."""
         noise = self._rng.standard_normal(len(self._problem.knobs))
         knobs = zip(self._problem.knobs, self._uniform[0], noise, strict=True)
         jittered = [
-            knob.fraction_of(value) + one / len(knob.choices) if knob.is_bits else 1 + _JITTER * one
+            knob.fraction_of(value) + one / len(knob.choices) if self._only_bits else 1 + _JITTER * one
             for knob, value, one in knobs
         ]
         return np.maximum(jittered, SMALLEST_FRACTION)

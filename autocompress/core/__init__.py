@@ -5,7 +5,7 @@ from autocompress.core.cost import METRICS, Cost, CostModel, Metric
 from autocompress.core.graph import Bits, ChannelGroup, LayerGraph, LayerSpec, Width
 from autocompress.core.ledger import Entry, Ledger
 from autocompress.core.plan import Plan
-from autocompress.core.problem import Knob, Problem, Value
+from autocompress.core.problem import EvaluateMany, Knob, Problem, Scored, Value
 from autocompress.core.result import Result, Search, SearchResult, Trial, TrialCallback
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Cost",
     "CostModel",
     "Entry",
+    "EvaluateMany",
     "Knob",
     "LayerGraph",
     "LayerSpec",
@@ -24,6 +25,7 @@ __all__ = [
     "Plan",
     "Problem",
     "Result",
+    "Scored",
     "Search",
     "SearchResult",
     "Trial",

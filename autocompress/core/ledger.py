@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 from autocompress.core.errors import RunDirectoryError
 from autocompress.core.plan import Plan
-from autocompress.core.problem import Problem
+from autocompress.core.problem import Problem, Scored
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS evaluations (
@@ -97,13 +97,29 @@ class Ledger:
             known = self.get(problem, plan)
             if known is not None:
                 return known.score
-            start = time.perf_counter()
-            score = float(problem.evaluate(plan))
-            totals = {str(k): float(v) for k, v in problem.price(plan).totals.items()}
-            self.put(problem, Entry(plan, score, totals, time.perf_counter() - start))
-            return score
+            scored = problem.score(plan)
+            self._record(problem, plan, scored)
+            return scored.score
 
-        return replace(problem, evaluate=evaluate)
+        def evaluate_many(plans: Sequence[Plan]) -> Iterator[Scored]:
+            known = {plan: entry.score for plan in plans if (entry := self.get(problem, plan)) is not None}
+            missing = [plan for plan in dict.fromkeys(plans) if plan not in known]
+            fresh = problem.score_many(missing)
+            for plan in plans:
+                seconds = 0.0
+                if plan not in known:  # the next of the missing ones: they are in the same order
+                    scored = next(fresh)
+                    self._record(problem, plan, scored)
+                    known[plan], seconds = scored
+                yield Scored(known[plan], seconds)
+
+        return replace(
+            problem, evaluate=evaluate, evaluate_many=evaluate_many if problem.evaluate_many else None
+        )
+
+    def _record(self, problem: Problem, plan: Plan, scored: Scored) -> None:
+        totals = {str(k): float(v) for k, v in problem.price(plan).totals.items()}
+        self.put(problem, Entry(plan, scored.score, totals, scored.seconds))
 
     def close(self) -> None:
         """Close the file."""

@@ -7,11 +7,11 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,17 @@ from autocompress.core.result import Trial
 KnobKind = Literal["arch", "channels", "weight_bits", "act_bits"]
 Value = int | str
 _NUM_NAMED = 3
+
+
+class Scored(NamedTuple):
+    """A plan's score, and the seconds it took to find out; near 0 when it was known."""
+
+    score: float
+    seconds: float
+
+
+EvaluateMany = Callable[[Sequence[Plan]], Iterable[Scored]]
+"""Scores of plans, in their order; each may be taken as soon as it is known."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,8 @@ class Problem:
         base: what every plan holds beside the knobs' choices: bits of pinned layers, channels pruned before.
         sensitivities: predicts, without evaluating a plan, how much each choice of each knob raises the
             loss: one array of shape (choices,) per knob, 0 at the last choice. None when nothing is known.
+        evaluate_many: scores several plans at once, as ``evaluate`` would one by one, which is what None
+            stands for. :func:`autocompress.agents.evaluated_by` makes one of worker processes.
 
     Raises:
         ValueError: no knobs, two knobs for one decision, or a budget that is still relative.
@@ -106,6 +119,7 @@ class Problem:
     identity: str = ""
     base: Plan = field(default_factory=Plan)
     sensitivities: Callable[[], Sequence[NDArray[np.float64]]] | None = None
+    evaluate_many: EvaluateMany | None = None
 
     def __post_init__(self) -> None:
         if not self.knobs:
@@ -223,8 +237,28 @@ class Problem:
             values.append(self.clip(values, value))
         return values
 
+    def score(self, plan: Plan) -> Scored:
+        """The score of a plan, found in this process.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        start = time.perf_counter()
+        score = float(self.evaluate(plan))
+        return _finite(plan, Scored(score, time.perf_counter() - start))
+
+    def score_many(self, plans: Sequence[Plan]) -> Iterator[Scored]:
+        """Scores of plans in their order, each as soon as it is known.
+
+        Raises:
+            ValueError: one is not finite.
+        """
+        if self.evaluate_many is None:
+            return map(self.score, plans)
+        return map(_finite, plans, self.evaluate_many(plans))
+
     def assess(self, values: Sequence[Value], *, index: int, source: str = "") -> Trial:
-        """Price and score one complete assignment.
+        """Price and score one complete assignment, in this process.
 
         Args:
             values: one choice per knob.
@@ -234,17 +268,36 @@ class Problem:
         Raises:
             ValueError: the assignment is incomplete or over budget, or the score is not finite.
         """
+        plan, cost = self._within_budget(values)
+        scored = self.score(plan)
+        return Trial(plan, scored.score, cost, index, scored.seconds, source)
+
+    def assess_many(
+        self, assignments: Sequence[Sequence[Value]], *, index: int, source: str = ""
+    ) -> Iterator[Trial]:
+        """Price all of some complete assignments, then score them; trials come in order, one by one.
+
+        Args:
+            assignments: one choice per knob in each.
+            index: running number of the first.
+            source: how they came about.
+
+        Raises:
+            ValueError: an assignment is incomplete or over budget, or a score is not finite.
+        """
+        priced = [self._within_budget(values) for values in assignments]
+        scores = self.score_many([plan for plan, _ in priced])
+        for number, ((plan, cost), scored) in enumerate(zip(priced, scores, strict=True), start=index):
+            yield Trial(plan, scored.score, cost, number, scored.seconds, source)
+
+    def _within_budget(self, values: Sequence[Value]) -> tuple[Plan, Cost]:
         if len(values) != len(self.knobs):
             raise ValueError(f"{len(self.knobs)} knobs need as many values, got {len(values)}")
         plan = self.plan(values)
         cost = self.price(plan)
         if not self.meets_budgets(cost):
             raise ValueError(f"plan {plan.digest} is over budget: {dict(cost.totals)}")
-        start = time.perf_counter()
-        score = float(self.evaluate(plan))
-        if not math.isfinite(score):
-            raise ValueError(f"evaluate must return a finite score, got {score} for plan {plan.digest}")
-        return Trial(plan, score, cost, index, time.perf_counter() - start, source)
+        return plan, cost
 
     @cached_property
     def digest(self) -> str:
@@ -254,3 +307,9 @@ class Problem:
         ]
         base = [] if self.base == Plan() else [self.base.to_json()]
         return hashlib.sha256(json.dumps([knobs, self.identity, *base]).encode()).hexdigest()[:16]
+
+
+def _finite(plan: Plan, scored: Scored) -> Scored:
+    if not math.isfinite(scored.score):
+        raise ValueError(f"evaluate must return a finite score, got {scored.score} for plan {plan.digest}")
+    return scored

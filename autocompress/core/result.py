@@ -48,13 +48,21 @@ class SearchResult:
         """The trial with the highest score; the first of equals."""
         return max(self.trials, key=lambda t: t.score)
 
-    def pareto(self, metric: Metric) -> tuple[Trial, ...]:
-        """Trials that no other beats in both score and cost, cheapest first."""
+    def pareto(self, *metrics: Metric) -> tuple[Trial, ...]:
+        """Trials that no other beats in score and in every cost, cheapest first; the first of equals.
+
+        Args:
+            metrics: the costs that count, at least one.
+        """
         front: list[Trial] = []
-        for trial in sorted(self.trials, key=lambda t: (t.cost[metric], -t.score)):
-            if not front or trial.score > front[-1].score:
+        for trial in sorted(self.trials, key=lambda t: (*(t.cost[m] for m in metrics), -t.score)):
+            if not any(_is_no_worse(other, trial, metrics) for other in front):
                 front.append(trial)
         return tuple(front)
+
+
+def _is_no_worse(one: Trial, other: Trial, metrics: Sequence[Metric]) -> bool:
+    return one.score >= other.score and all(one.cost[m] <= other.cost[m] for m in metrics)
 
 
 TrialCallback = Callable[[Trial], None]

@@ -24,7 +24,7 @@ Stage = Literal["nas", "train", "prune", "finetune", "quantise", "qat", "export"
 STAGES: tuple[Stage, ...] = get_args(Stage)
 PRUNING: tuple[Stage, ...] = ("train", "prune", "finetune", "export")
 """The stages of a recipe that names none."""
-Algorithm = Literal["ddpg", "td3", "sac", "random", "uniform", "greedy", "milp"]
+Algorithm = Literal["ddpg", "td3", "sac", "random", "uniform", "greedy", "milp", "cma_es", "tpe", "evolution"]
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
