@@ -44,12 +44,12 @@ __all__ = [
     "operation_costs",
 ]
 
-SPACES: dict[str, Callable[..., Space]] = {
+SPACES: dict[str, Callable[[tuple[int, int, int], int], Space]] = {
     "mbconv_chain": mbconv_chain,
     "nasbench201": NASBench201,
     "darts": Darts,
 }
-"""Name -> function of the images' shape, the number of classes, and settings that have defaults."""
+"""Name -> function of the images' shape and the number of classes."""
 
 METHODS: dict[str, Callable[..., Method]] = {"proxyless": ProxylessNAS, "darts": DARTS, "gdas": GDAS}
 """Name -> method of learning a supernet's distribution; all settings have defaults."""
