@@ -106,6 +106,8 @@ def check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
         prepared = pipeline.prepare(loaded)
         if prepared.architectures:
             _show_architectures(prepared.architectures)
+        if prepared.joint:
+            _show_joint(prepared)
         for candidate in prepared.candidates:
             _show_candidate(prepared, candidate)
 
@@ -329,6 +331,18 @@ def _show_architectures(found: Architectures) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _show_joint(prepared: Prepared) -> None:
+    assert prepared.joint is not None
+    problem = prepared.joint.problem
+    table = Table(title=f"{prepared.joint.joint.space.name}: {len(problem.knobs)} decisions in one search")
+    for heading in ("decision", "of", "choices"):
+        table.add_column(heading, overflow="fold")
+    for knob in problem.knobs:
+        table.add_row(escape(knob.name), knob.kind, escape(", ".join(map(str, knob.choices))))
+    out.print(table)
+    _show_reach(prepared.candidates[0], "nas", problem)
 
 
 def _show_candidate(prepared: Prepared, candidate: Candidate) -> None:

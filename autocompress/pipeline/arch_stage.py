@@ -14,6 +14,7 @@ from autocompress.nas.spaces import operation_costs
 from autocompress.nas.supernet import SearchEpoch, load_supernet
 from autocompress.pipeline.architectures import (
     CHECKPOINT,
+    FOUND,
     Architectures,
     can_go_on,
     method_of,
@@ -27,7 +28,6 @@ from autocompress.pipeline.search_stage import Shown, trials_of
 from autocompress.pipeline.stages import Run
 from autocompress.training import weights_digest
 
-FOUND = "architecture.json"
 _POPULATION = 50
 
 
@@ -48,8 +48,8 @@ def search_architecture(run: Run, architectures: Architectures) -> Candidate:
     if "trials" in found:
         run.trials["nas"], run.found["nas"] = found["trials"], found["found"]
         run.directory.write_json("trials.json", run.trials)
-    run.arch = found["arch"]
-    return architectures.candidate(run.arch, recipe)
+    run.decided = Plan(arch=found["arch"])
+    return architectures.candidate(found["arch"], recipe)
 
 
 def _search(run: Run, architectures: Architectures) -> dict[str, Any]:

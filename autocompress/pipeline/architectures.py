@@ -27,6 +27,8 @@ from autocompress.zoo.own import call_factory
 
 CHECKPOINT = "nas.checkpoint"
 """The supernet, in the folder of its run."""
+FOUND = "architecture.json"
+"""What stage nas found, likewise."""
 _STEPS = np.concatenate([[0.0], np.geomspace(1e-3, 1e4, 141)])
 _SHRINK = 0.9
 _FROM_DATA = ("input_shape", "num_classes", "name")

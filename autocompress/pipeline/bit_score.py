@@ -67,14 +67,7 @@ class BitScore:
         calibration = Calibration(
             skeleton,
             (x for x, _ in self.calibration_images),
-            QuantSettings(
-                weight_range=settings.weight_range,
-                act_range=settings.act_range,
-                per_channel=settings.per_channel,
-                asymmetric=settings.asymmetric,
-                power_of_two=settings.power_of_two,
-                bias_correction=settings.bias_correction,
-            ),
+            quant_settings(settings),
         )
         return QuantTables(skeleton, calibration)
 
@@ -102,6 +95,18 @@ class BitScore:
             return found.per_knob(knobs)
 
         return predict
+
+
+def quant_settings(settings: QuantiseSettings) -> QuantSettings:
+    """How a recipe rounds tensors."""
+    return QuantSettings(
+        weight_range=settings.weight_range,
+        act_range=settings.act_range,
+        per_channel=settings.per_channel,
+        asymmetric=settings.asymmetric,
+        power_of_two=settings.power_of_two,
+        bias_correction=settings.bias_correction,
+    )
 
 
 def bit_problem(

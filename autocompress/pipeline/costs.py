@@ -212,7 +212,8 @@ def bits_of(recipe: Recipe) -> Bits | None:
     """What layers are computed with where no stage decides that; None for floating point."""
     if recipe.bits is not None:
         return recipe.bits.bits
-    return recipe.quantise.reference if "quantise" in recipe.stages else None
+    quantised = "quantise" in recipe.stages or "bits" in recipe.search.knobs
+    return recipe.quantise.reference if quantised else None
 
 
 def share_for_first(limit: float, *, start: float, smallest: Sequence[float]) -> float:

@@ -12,10 +12,11 @@ from torch import nn
 from torch.utils.data import Subset
 
 from autocompress.core import Plan
+from autocompress.nas import ElasticSupernet, SupernetSearch, fit_elastic
 from autocompress.nas import SearchSettings as SupernetSettings
-from autocompress.nas import SupernetSearch
 from autocompress.pipeline.architectures import Architectures, method_of
 from autocompress.pipeline.bit_score import BitScore
+from autocompress.pipeline.joint import JointArchitectures, joint_score
 from autocompress.pipeline.prepare import Prepared
 from autocompress.pipeline.problems import Candidate, problems_of, searches_of
 from autocompress.pipeline.quick_score import QuickScore
@@ -62,6 +63,8 @@ def estimate(prepared: Prepared, candidate: Candidate) -> Estimate:
     for stage in recipe.stages:
         if stage == "nas" and prepared.architectures:
             stages[stage] = _supernet_seconds(prepared, prepared.architectures)
+        elif stage == "nas" and prepared.joint:
+            stages[stage] = _joint_seconds(prepared, prepared.joint)
         elif stage == "train" and recipe.weights is None:
             once = _training_seconds(prepared, candidate.model, recipe.train)
             stages[stage] = once * len(prepared.candidates)
@@ -110,6 +113,22 @@ def _supernet_seconds(prepared: Prepared, architectures: Architectures) -> float
     start = time.perf_counter()
     search(architectures.space, small, seed=recipe.seed, device=recipe.device)
     return (time.perf_counter() - start) / images * len(data.train) * settings.epochs
+
+
+def _joint_seconds(prepared: Prepared, architectures: JointArchitectures) -> float:
+    """A few steps of the supernet and one evaluation, scaled up."""
+    recipe, data, nas = prepared.recipe, prepared.data, prepared.recipe.nas
+    images = min(STEPS * nas.batch_size, len(data.train))
+    small = replace(data, train=_first(data.train, images), search=_first(data.search, 8))
+    supernet = ElasticSupernet(architectures.joint, seed=recipe.seed).to(recipe.device)
+    start = time.perf_counter()
+    fit_elastic(supernet, small, TrainSettings(epochs=1, batch_size=nas.batch_size, lr=nas.lr), seed=0)
+    training = (time.perf_counter() - start) / images * len(data.train) * nas.epochs
+    score = joint_score(recipe, data, supernet)
+    problem, start = architectures.problem, time.perf_counter()
+    score(problem.plan(problem.bounded([knob.at(0.5) for knob in problem.knobs])))
+    searching = (time.perf_counter() - start) * _num_evaluations(recipe, "nas")
+    return searching + (0.0 if nas.supernet else training)
 
 
 def _training_seconds(prepared: Prepared, model: nn.Module, settings: TrainStage) -> float:

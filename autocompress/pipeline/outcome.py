@@ -65,7 +65,7 @@ def outcome(
         name=recipe.name,
         before={"accuracy": chain[0]["accuracy"], **_counts(costs.reference), **exported.before},
         after={"accuracy": chain[-1]["accuracy"], **between, **_counts(reached), **exported.after},
-        plan=replace(plan, arch=run.arch),
+        plan=replace(plan, arch=run.decided.arch, channels={**run.decided.channels, **plan.channels}),
         budgets={b.metric: b.limit for b in costs.resolve([b.budget for b in recipe.budgets])},
         predicted={
             "original": _figures(costs.original),

@@ -20,6 +20,7 @@ from autocompress.pipeline.architectures import (
     supernet_file,
 )
 from autocompress.pipeline.costs import Costs, content_digest
+from autocompress.pipeline.joint import JointArchitectures, joint_architectures_of
 from autocompress.pipeline.problems import (
     Candidate,
     check_num_plans,
@@ -47,12 +48,14 @@ class Prepared:
         data: what on.
         candidates: the networks; of a recipe with stage nas, one that the stage might find.
         architectures: what stage nas chooses among.
+        joint: the same, where one search decides the architecture and what follows.
     """
 
     recipe: Recipe
     data: Data
     candidates: tuple[Candidate, ...]
     architectures: Architectures | None = None
+    joint: JointArchitectures | None = None
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -113,12 +116,25 @@ def prepare_nas(data: Data, recipe: Recipe) -> Prepared:
         AutocompressError: any of its kinds; nothing has been written.
     """
     _check_settings(recipe)
-    method_of(recipe.nas)
     supernet_file(recipe.nas)
+    if recipe.is_joint:
+        return _prepare_joint(data, recipe)
+    method_of(recipe.nas)
     architectures = architectures_of(recipe, data)
     example = representative(architectures, recipe)
     _check_candidate(example, recipe)
     return Prepared(recipe, data, (example,), architectures)
+
+
+def _prepare_joint(data: Data, recipe: Recipe) -> Prepared:
+    joint = joint_architectures_of(recipe, data)
+    problem = joint.problem
+    check_num_plans(recipe, {"nas": problem})
+    plan = problem.plan(problem.bounded([knob.choices[-1] for knob in problem.knobs]))
+    example = joint.candidate(plan, recipe)
+    if plan.bits:
+        Skeleton(example.model)
+    return Prepared(recipe, data, (example,), joint=joint)
 
 
 def _check_settings(recipe: Recipe) -> None:
@@ -146,8 +162,9 @@ def inputs_of(prepared: Prepared) -> dict[str, str]:
     models = {candidate.name: weights_digest(candidate.model) for candidate in prepared.candidates}
     target = prepared.candidates[0].costs.target
     machine = {"target": content_digest(target)} if target else {}
-    if prepared.architectures:
-        models = {"space": repr(prepared.architectures.space)}
+    space = prepared.architectures or prepared.joint
+    if space is not None:
+        models = {"space": repr(space.joint if isinstance(space, JointArchitectures) else space.space)}
         if (borrowed := supernet_file(prepared.recipe.nas)) is not None:
             models["supernet"] = hashlib.sha256(borrowed.read_bytes()).hexdigest()[:16]
     return {"data": digest.hexdigest()[:16]} | machine | models

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from autocompress.agents import least_plans, make_search
 from autocompress.core import Budget, Plan, Problem, Search
 from autocompress.core.errors import RecipeError
+from autocompress.core.wording import did_you_mean
+from autocompress.nas import PredictorSearch
 from autocompress.pipeline.bit_score import BitScore, bit_problem
 from autocompress.pipeline.costs import Costs, share_for_first
 from autocompress.pipeline.quick_score import QuickScore, channel_problem
@@ -91,7 +94,7 @@ def problems_of(candidate: Candidate, recipe: Recipe) -> dict[Stage, Problem]:
 def searches_of(recipe: Recipe) -> dict[Stage, SearchSettings]:
     """Who searches in each stage that does."""
     settings: dict[Stage, SearchSettings] = {
-        "prune": recipe.search,
+        ("nas" if recipe.is_joint else "prune"): recipe.search,
         "quantise": recipe.quantise.search,
     }
     return {stage: chosen for stage, chosen in settings.items() if stage in recipe.stages}
@@ -124,5 +127,20 @@ def made_searches(settings: SearchSettings) -> dict[str, Search]:
     Raises:
         RecipeError: a setting that the algorithm does not have.
     """
-    searches = {str(settings.algorithm): make_search(settings.algorithm, settings.settings)}
-    return searches | {name: make_search(name, {}) for name in settings.baselines}
+    searches = {str(settings.algorithm): _made(settings.algorithm, settings.settings)}
+    return searches | {name: _made(name, {}) for name in settings.baselines}
+
+
+def _made(name: str, settings: Mapping[str, Any]) -> Search:
+    if name != "predictor":
+        return make_search(name, settings)
+    known = ("float_share", "sample_share", "rounds", "num_predicted")
+    if unknown := [key for key in settings if key not in known]:
+        raise RecipeError(
+            [
+                f"search predictor has no setting {key!r}"
+                f"{did_you_mean(key, known) or '; known are ' + ', '.join(known)}"
+                for key in unknown
+            ]
+        )
+    return PredictorSearch(**settings)

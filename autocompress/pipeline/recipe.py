@@ -36,6 +36,8 @@ from autocompress.pipeline.recipe_sections import (
     Section,
     Stage,
     TrainStage,
+    check_channels,
+    check_joint,
 )
 from autocompress.pipeline.yaml_marks import document_of, read_document
 
@@ -89,7 +91,7 @@ class Recipe(Section):
         alone: stages that are also run without the others, within the same budgets and with as many epochs in
             all, for comparison.
         nas, train, prune, search, finetune, quantise, qat, export: settings of the stages; ``search`` is who
-            looks for channels; who looks for bits is ``quantise.search``.
+            looks for channels, or for all ``search.knobs`` at once; ``quantise.search`` looks for bits.
         expected: accuracies the recipe is known to reach.
     """
 
@@ -109,7 +111,7 @@ class Recipe(Section):
     nas: NasSettings = NasSettings()
     train: TrainStage = TrainStage()
     prune: PruneSettings = PruneSettings()
-    search: SearchSettings = SearchSettings()
+    search: SearchSettings = Field(default=SearchSettings(), validate_default=True)
     finetune: FinetuneStage = FinetuneStage()
     quantise: QuantiseSettings = QuantiseSettings()
     qat: QatStage = QatStage()
@@ -145,7 +147,8 @@ class Recipe(Section):
         if not {"nas", "prune", "quantise"} & set(value):
             raise ValueError(f"must hold nas, prune or quantise, got {', '.join(value) or 'none'}")
         for stage, needed in (("finetune", "prune"), ("qat", "quantise")):
-            if stage in value and needed not in value:
+            decided = stage == "qat" and "nas" in value  # perhaps by search.knobs, which is not read yet
+            if stage in value and needed not in value and not decided:
                 raise ValueError(f"{stage} trains what {needed} makes; add {needed} or leave {stage} out")
         if "nas" in value and "train" not in value:
             raise ValueError("nas finds a network that is not trained yet; add train")
@@ -177,11 +180,21 @@ class Recipe(Section):
 
     @field_validator("search")
     @classmethod
-    def _for_channels(cls, value: SearchSettings, info: ValidationInfo) -> SearchSettings:
+    def _for_its_knobs(cls, value: SearchSettings, info: ValidationInfo) -> SearchSettings:
+        if "stages" not in info.data:
+            return value
+        stages = info.data["stages"]
         if "milp" in (value.algorithm, *value.baselines):
             raise ValueError("milp decides bits only; name it in quantise.search, and another one here")
-        if value != SearchSettings() and "prune" not in info.data.get("stages", ("prune",)):
-            raise ValueError("looks for channels, and stages leaves out prune; move it to quantise.search")
+        if "arch" in value.knobs:
+            check_joint(value, stages)
+        else:
+            check_channels(value, stages)
+            borrowed = info.data.get("nas", NasSettings())
+            if borrowed.supernet and not borrowed.num_plans:
+                raise ValueError(
+                    "nas.num_plans must be >= 1 with nas.supernet, whose distribution is for another run"
+                )
         return value
 
     @classmethod
@@ -258,6 +271,11 @@ class Recipe(Section):
         text = io.StringIO()
         yaml.dump(self.model_dump(mode="json"), text)
         return text.getvalue()
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether one search decides the architecture and what follows."""
+        return "arch" in self.search.knobs
 
     @property
     def digest(self) -> str:

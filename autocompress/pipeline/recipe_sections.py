@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Literal, get_args
 
@@ -24,7 +25,9 @@ Stage = Literal["nas", "train", "prune", "finetune", "quantise", "qat", "export"
 STAGES: tuple[Stage, ...] = get_args(Stage)
 PRUNING: tuple[Stage, ...] = ("train", "prune", "finetune", "export")
 """The stages of a recipe that names none."""
-Algorithm = Literal["ddpg", "td3", "sac", "random", "uniform", "greedy", "milp", "cma_es", "tpe", "evolution"]
+Algorithm = Literal[
+    "ddpg", "td3", "sac", "random", "uniform", "greedy", "milp", "cma_es", "tpe", "evolution", "predictor"
+]
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -189,6 +192,11 @@ class NasSettings(Section):
     over the stage's budgets; with ``num_plans``, the best of it and so many others by the accuracy that they
     have with the supernet's weights.
 
+    Where ``search.knobs`` names ``arch``, there is no distribution: the supernet is trained for all kernels,
+    depths and widths alike, and ``search`` looks among them by scores with its weights, rounded as
+    ``quantise`` says. ``method``, ``settings``, ``alpha_lr``, ``cost_weight``, ``num_plans`` and
+    ``score_images`` are not used then.
+
     Args:
         space: a known space, or ``package.module:factory`` of (input shape, number of classes).
         space_settings: options of the space itself, such as ``{width: 0.5}``.
@@ -226,7 +234,7 @@ class NasSettings(Section):
     cost_weight: float = Field(default=1.0, ge=0)
     budgets: Budgets = ()
     supernet: Annotated[str, Field(min_length=1)] | None = None
-    num_plans: int = Field(default=0, ge=0, validate_default=True)
+    num_plans: int = Field(default=0, ge=0)
     score_images: Annotated[int, Field(ge=2)] | None = None
 
     @field_validator("warmup_epochs")
@@ -234,15 +242,6 @@ class NasSettings(Section):
     def _shorter_than_search(cls, value: int, info: ValidationInfo) -> int:
         if value >= info.data.get("epochs", value + 1):
             raise ValueError(f"must be < epochs ({info.data['epochs']}), got {value}")
-        return value
-
-    @field_validator("num_plans")
-    @classmethod
-    def _scored_where_borrowed(cls, value: int, info: ValidationInfo) -> int:
-        if info.data.get("supernet") and not value:
-            raise ValueError(
-                "num_plans must be >= 1 where a supernet is given, whose distribution is another run's"
-            )
         return value
 
 
@@ -280,12 +279,15 @@ class SearchSettings(Section):
     """Who looks for the plan, and for how long.
 
     Args:
+        knobs: what is decided together. ``channels`` in stage prune; with ``arch``, stage nas decides the
+            architecture and all else named here in one search over a supernet that shares its weights.
         algorithm: the search.
         num_plans: plans it may score; each baseline may score as many.
         settings: options of the algorithm itself.
         baselines: searches run beside it for comparison; the algorithm itself is left out.
     """
 
+    knobs: Annotated[tuple[Literal["arch", "channels", "bits"], ...], Strict(False)] = ("channels",)
     algorithm: Algorithm = "ddpg"
     num_plans: Count = 100
     settings: dict[str, JsonValue] = Field(default_factory=dict)
@@ -297,6 +299,39 @@ class SearchSettings(Section):
     @classmethod
     def _each_once(cls, value: tuple[Algorithm, ...], info: ValidationInfo) -> tuple[Algorithm, ...]:
         return tuple(name for name in dict.fromkeys(value) if name != info.data.get("algorithm"))
+
+
+def check_channels(search: SearchSettings, stages: Sequence[str]) -> None:
+    """Raise unless a search is for the channels of stage prune.
+
+    Raises:
+        ValueError: it is for other knobs, or there is no such stage.
+    """
+    if search.knobs != ("channels",):
+        raise ValueError(f"knobs must be [channels], or name arch, got [{', '.join(search.knobs)}]")
+    if "predictor" in (search.algorithm, *search.baselines):
+        raise ValueError("predictor needs knobs that name arch, such as [arch, channels, bits]")
+    if search != SearchSettings() and "prune" not in stages:
+        raise ValueError("looks for channels, and stages leaves out prune; move it to quantise.search")
+    if "qat" in stages and "quantise" not in stages:
+        raise ValueError("stages: qat trains what quantise makes; add quantise or leave qat out")
+
+
+def check_joint(search: SearchSettings, stages: Sequence[str]) -> None:
+    """Raise unless a search of architectures fits the stages.
+
+    Raises:
+        ValueError: a stage is missing, or decides again what the search decides.
+    """
+    if "nas" not in stages:
+        raise ValueError("knobs name arch, which stage nas decides; add nas to stages")
+    if len(set(search.knobs)) < len(search.knobs):
+        raise ValueError(f"knobs are named once each, got [{', '.join(search.knobs)}]")
+    again = {"prune"} | ({"quantise"} if "bits" in search.knobs else set())
+    if twice := [stage for stage in stages if stage in again]:
+        raise ValueError(f"with arch, one search decides all; leave {' and '.join(twice)} out of stages")
+    if "bits" not in search.knobs and "qat" in stages and "quantise" not in stages:
+        raise ValueError("stages: qat trains what quantise makes; add quantise, or bits to search.knobs")
 
 
 class BitSearchSettings(SearchSettings):

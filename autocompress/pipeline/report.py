@@ -118,7 +118,7 @@ def _stages(files: RunFiles) -> list[dict[str, Any]]:
 def _architecture(found: FoundArchitecture) -> dict[str, Any]:
     """What the section on the architecture shows."""
     decisions = [
-        (name, found.arch[name], _likeliest(ops, found.probabilities[name]))
+        (name, found.arch[name], _likeliest(ops, found.probabilities.get(name, ())))
         for name, ops in found.decisions.items()
     ]
     costs = [
@@ -133,13 +133,16 @@ def _architecture(found: FoundArchitecture) -> dict[str, Any]:
         "space": found.space,
         "num_members": math.prod(len(ops) for ops in found.decisions.values()),
         "decisions": decisions,
+        "is_likely": bool(found.probabilities),
         "costs": costs,
         "figures": charts.supernet_figures(found),
     }
 
 
 def _likeliest(operations: Sequence[str], probabilities: Sequence[float]) -> str:
-    """The three likeliest operations in words."""
+    """The three likeliest operations in words, or all where there are no probabilities."""
+    if not probabilities:
+        return ", ".join(operations)
     pairs = sorted(zip(probabilities, operations, strict=True), reverse=True)[:3]
     return ", ".join(f"{name} {percent(p, 2)}" for p, name in pairs)
 

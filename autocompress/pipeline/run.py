@@ -26,13 +26,15 @@ from autocompress.pipeline.alone import compare_alone
 from autocompress.pipeline.arch_stage import search_architecture
 from autocompress.pipeline.architectures import space_of
 from autocompress.pipeline.export_stage import PACKED, export
+from autocompress.pipeline.joint import joint_space_of
+from autocompress.pipeline.joint_stage import search_jointly
 from autocompress.pipeline.outcome import Step, check_prediction, layer_table, outcome
 from autocompress.pipeline.prepare import inputs_of, prepare, prepare_nas, prepare_own
 from autocompress.pipeline.progress import OnEvent, silent
 from autocompress.pipeline.recipe import Recipe
 from autocompress.pipeline.report import write_report
 from autocompress.pipeline.run_directory import RunDirectory
-from autocompress.pipeline.search_stage import search_bits, search_channels
+from autocompress.pipeline.search_stage import calibrated, search_bits, search_channels
 from autocompress.quant.stored import unfilled
 from autocompress.trace import keep_first, shrink, trace
 from autocompress.training import Data, Samples, evaluate, from_datasets
@@ -168,8 +170,13 @@ def found_network(run_dir: Path, result: Result) -> nn.Module:
     """
     if not result.plan.arch:
         raise RunDirectoryError(f"{run_dir} compressed a network that was given to it; pass that network")
-    settings = Recipe.load(run_dir / "recipe.yaml").nas
-    space = space_of(settings, result.provenance["input_shape"], result.provenance["num_classes"])
+    recipe = Recipe.load(run_dir / "recipe.yaml")
+    shape, num_classes = result.provenance["input_shape"], result.provenance["num_classes"]
+    space = (
+        joint_space_of(recipe, shape, num_classes).space
+        if recipe.is_joint
+        else space_of(recipe.nas, shape, num_classes)
+    )
     return space.build(result.plan.arch, seed=0)
 
 
@@ -225,6 +232,9 @@ def _run(run: stages.Run) -> Result:
     if run.prepared.architectures:
         found = search_architecture(run, run.prepared.architectures)
         run.prepared = replace(run.prepared, candidates=(found,))
+    elif run.prepared.joint:
+        found, run.decided = search_jointly(run, run.prepared.joint)
+        run.prepared = replace(run.prepared, candidates=(found,))
     candidate = stages.train(run)
     plan, model = Plan(), candidate.model
     steps = [Step("train" if "train" in recipe.stages else "given", model, plan)]
@@ -235,8 +245,12 @@ def _run(run: stages.Run) -> Result:
         model = stages.finetune(run, candidate, model)
         steps.append(Step("finetune", model, plan))
     check_prediction(candidate.costs(plan), model, run.prepared.data.input_shape)
+    score = None
     if "quantise" in recipe.stages:
         plan, score = search_bits(run, candidate, model, plan)
+    elif "bits" in recipe.search.knobs:
+        plan, score = Plan(bits=run.decided.bits), calibrated(run, model)
+    if score is not None:
         if "qat" in recipe.stages:
             steps.append(Step("quantise", score.tables.network(plan), plan))
         model = stages.qat(run, score, plan, model)

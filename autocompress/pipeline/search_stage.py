@@ -36,7 +36,7 @@ def search_channels(run: Run, candidate: Candidate) -> tuple[Plan, nn.Module]:
             candidate.model, candidate.traced, run.prepared.data, settings=recipe.prune, seed=recipe.seed
         )
         run.on_event(Event("analyse channels", 1, 1))
-        plan = _search(run, "prune", channel_problem_of(candidate, recipe, score))
+        plan = search_plan(run, "prune", channel_problem_of(candidate, recipe, score))
         return plan, score.build(plan)
 
 
@@ -51,18 +51,25 @@ def search_bits(run: Run, candidate: Candidate, model: nn.Module, pruned: Plan) 
     """
     recipe = run.prepared.recipe
     with run.timed("quantise"):
-        run.on_event(Event("analyse ranges", 0, 1))
-        score = BitScore(model, run.prepared.data, settings=recipe.quantise, seed=recipe.seed)
-        run.on_event(Event("analyse ranges", 1, 1))
-        if isinstance(score.tables, QuantTables):
-            run.directory.write_json("quantisers.json", structure_of(score.tables.calibration))
+        score = calibrated(run, model)
         problem = bit_problem_of(candidate, recipe, score, pruned=pruned)
-        plan = _search(run, "quantise", problem)
+        plan = search_plan(run, "quantise", problem)
         run.directory.write_json("uniform.json", _uniform_points(run, candidate, problem, pruned))
         return plan, score
 
 
-def _search(run: Run, stage: Stage, problem: Problem) -> Plan:
+def calibrated(run: Run, model: nn.Module) -> BitScore:
+    """What rounds a network as the recipe says; its quantisers' structure is written down."""
+    recipe = run.prepared.recipe
+    run.on_event(Event("analyse ranges", 0, 1))
+    score = BitScore(model, run.prepared.data, settings=recipe.quantise, seed=recipe.seed)
+    run.on_event(Event("analyse ranges", 1, 1))
+    if isinstance(score.tables, QuantTables):
+        run.directory.write_json("quantisers.json", structure_of(score.tables.calibration))
+    return score
+
+
+def search_plan(run: Run, stage: Stage, problem: Problem) -> Plan:
     """Run the stage's search, and its baselines with as many plans; the best plan of all is taken.
 
     Every evaluated plan is in the ledger before the next begins, so a repeated call fast-forwards.

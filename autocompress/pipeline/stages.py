@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -31,7 +31,7 @@ from autocompress.training import EpochReport, TrainSettings, evaluate, fit
 class Run:
     """One run at work: what it was given, where it writes, what it has learnt so far by stage.
 
-    ``arch`` is the member of a space that stage nas found.
+    ``decided`` is what stage nas found.
     """
 
     prepared: Prepared
@@ -41,7 +41,7 @@ class Run:
     trials: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    arch: Mapping[str, str] = field(default_factory=dict)
+    decided: Plan = field(default_factory=Plan)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

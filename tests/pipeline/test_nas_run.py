@@ -18,6 +18,7 @@ from autocompress.nas import mbconv_chain
 from autocompress.pipeline import Event, Recipe, compress, load_compressed, prepare, resume, run_recipe
 from autocompress.pipeline.alone import alone_recipe
 from autocompress.pipeline.architectures import Architectures, architectures_of
+from autocompress.pipeline.joint import joint_architectures_of
 from autocompress.training import Data, evaluate, load_data
 
 CHAIN = """
@@ -236,7 +237,10 @@ def test_images_too_small_for_the_space_are_refused() -> None:
         ("nas: {space_settings: {widht: 0.5}}", "mbconv_chain has no setting 'widht'; did you mean 'width'?"),
         ("nas: {settings: {variants: two}}", "method proxyless has no setting 'variants'"),
         ("nas: {warmup_epochs: 30}", "nas.warmup_epochs: must be < epochs (30), got 30"),
-        ("nas: {supernet: nowhere}", "num_plans must be >= 1 where a supernet is given"),
+        (
+            "nas: {supernet: nowhere}",
+            "nas.num_plans must be >= 1 with nas.supernet, whose distribution is for another run",
+        ),
         ("nas: {supernet: nowhere, num_plans: 3}", "nowhere holds no nas.checkpoint"),
         ("model: resnet20", "model: leave it out; stage nas finds the network"),
         ("alone: [prune]", "alone: compares stages of the run with the whole; stages lacks prune"),
@@ -260,3 +264,115 @@ def test_a_stage_alone_trains_for_as_many_epochs_as_the_whole() -> None:
     assert nas.bits is not None
     assert nas.bits.bits == Bits(8, 8)
     assert all(alone.budgets == recipe.budgets for alone in (nas, prune, bits))
+
+
+JOINT = """
+data: {name: digits, train_size: 256}
+threads: 1
+target: bismo-zynq7020
+reference_bits: 8
+budgets: {latency_ms: 0.25}
+stages: [nas, train, qat]
+search: {knobs: [arch, channels, bits], algorithm: random, num_plans: 4, baselines: []}
+nas: {epochs: 1}
+train: {epochs: 1, batch_size: 64}
+prune: {round_to: 8}
+quantise:
+  weight_bits: [2, 4, 8]
+  act_bits: [2, 4, 8]
+  calibration_images: 64
+  score_images: 50
+qat: {epochs: 1, batch_size: 64}
+"""
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "joint"
+    run_recipe(Recipe.parse(JOINT), out=folder)
+    return folder
+
+
+def test_one_search_decides_architecture_channels_and_bits_within_the_budget(joint: Path) -> None:
+    result = read(joint, "result.json")
+    plan, target = Plan.from_json(json.dumps(result["plan"])), load_target("bismo-zynq7020")
+    assert plan.arch
+    assert plan.channels
+    assert plan.bits
+    space = joint_architectures_of(Recipe.parse(JOINT), load_data("digits")).joint
+    latency = target(space.graph(plan))["latency_ms"]
+    assert result["predicted"]["after"]["latency_ms"] == pytest.approx(latency, rel=1e-12)
+    assert (
+        latency
+        <= result["budgets"]["latency_ms"]
+        == 0.25 * target(space.graph(space.reference))["latency_ms"]
+    )
+    assert set(result["search"]) == {"nas"}
+    assert (
+        evaluate(load_compressed(None, joint), load_data("digits").test).accuracy
+        == result["after"]["accuracy"]
+    )
+    assert "Architecture" in (joint / "report.html").read_text()
+
+
+def test_a_joint_search_starts_its_training_from_the_supernets_weights(joint: Path, tmp_path: Path) -> None:
+    stages: set[str] = set()
+    recipe = Recipe.parse(
+        JOINT, overrides=[f"nas.supernet={joint}", "target=bitfusion", "budgets={energy_mj: 0.4}", "seed=1"]
+    )
+    result = run_recipe(recipe, out=tmp_path / "run", on_event=lambda event: stages.add(event.stage))
+    assert "nas" not in stages
+    assert result.predicted["after"]["energy_mj"] <= result.budgets["energy_mj"]
+
+
+def test_a_joint_run_interrupted_in_its_search_ends_as_the_straight_one(joint: Path, tmp_path: Path) -> None:
+    def interrupt(event: Event) -> None:
+        if event.stage == "nas random" and event.done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(Recipe.parse(JOINT), out=tmp_path / "run", on_event=interrupt)
+    resume(tmp_path / "run")
+    assert read(tmp_path / "run", "result.json")["plan"] == read(joint, "result.json")["plan"]
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", joint))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ("stages=[train, prune]", "knobs name arch, which stage nas decides; add nas to stages"),
+        (
+            "stages=[nas, train, prune, quantise]",
+            "one search decides all; leave prune and quantise out of stages",
+        ),
+        ("search.knobs=[arch, arch]", "knobs are named once each, got [arch, arch]"),
+        ("search.knobs=[bits]", "knobs must be [channels], or name arch, got [bits]"),
+        ("search.knobs=[arch, channels]", "add quantise, or bits to search.knobs"),
+        ("nas.space=nasbench201", "channels of nasbench201 cannot be searched jointly; take mbconv_chain"),
+        ("search.algorithm=predictor", "search.num_plans: predictor needs at least 8"),
+        ("quantise.act_bits=[]", "a joint search needs bits of activations as well, got none"),
+    ],
+)
+def test_a_wrong_joint_recipe_says_what_to_change(change: str, fault: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        prepare(Recipe.parse(JOINT, overrides=[change]))
+    assert fault in str(raised.value)
+
+
+def test_settings_of_the_predictor_are_its_own() -> None:
+    changes = ["search.algorithm=predictor", "search.num_plans=9", "search.settings={round: 2}"]
+    with pytest.raises(RecipeError, match="search predictor has no setting 'round'; did you mean 'rounds'"):
+        prepare(Recipe.parse(JOINT, overrides=changes))
+
+
+@pytest.mark.slow
+def test_a_predictor_searches_within_the_budget_and_pays_for_no_more_plans_than_it_may(
+    tmp_path: Path,
+) -> None:
+    changes = ["search.algorithm=predictor", "search.num_plans=20", "search.settings={num_predicted: 200}"]
+    result = run_recipe(Recipe.parse(JOINT, overrides=changes), out=tmp_path / "run")
+    trials = read(tmp_path / "run", "trials.json")["nas"]["predictor"]
+    assert {trial["source"] for trial in trials} == {"sample", "predicted"}
+    assert len(trials) <= 20
+    assert all(trial["cost"]["latency_ms"] <= result.budgets["latency_ms"] for trial in trials)
