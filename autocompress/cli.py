@@ -22,7 +22,7 @@ from autocompress.core.errors import AutocompressError
 
 if TYPE_CHECKING:
     from autocompress.core import Metric, Problem, Result
-    from autocompress.pipeline import Architectures, Candidate, Event, Prepared
+    from autocompress.pipeline import Architectures, Candidate, Event, Outcome, Prepared
 
 app = typer.Typer(
     add_completion=False,
@@ -43,6 +43,17 @@ RecipeArgument = Annotated[Path, typer.Argument(help="A recipe file, or the name
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe; may be repeated."),
+]
+
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Processes that score plans, where a search asks for several at once; no result changes."
+    ),
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Score plans on a Ray cluster: auto, local or HOST:PORT."),
 ]
 
 
@@ -110,6 +121,53 @@ def check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
             _show_joint(prepared)
         for candidate in prepared.candidates:
             _show_candidate(prepared, candidate)
+
+
+@app.command(
+    epilog="Examples: [bold]autocompress search digits --stage prune --searches cma_es,ddpg --plans 60[/] · "
+    "[bold]autocompress search resnet20_cifar10_50 --seeds 5 --workers 4[/] "
+    "· [bold]autocompress search --resume runs/digits-prune-searches[/]"
+)
+def search(  # noqa: PLR0917
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe file, or the name of a bundled one.")
+    ] = None,
+    searches: Annotated[
+        str, typer.Option(metavar="S1,S2", help="Who takes part [the recipe's own and its baselines].")
+    ] = "",
+    stage: Annotated[str | None, typer.Option(help="prune or quantise, where the recipe has both.")] = None,
+    seeds: Annotated[int, typer.Option(help="Each search runs with so many seeds.")] = 3,
+    plans: Annotated[
+        int | None, typer.Option(help="Plans of each search and seed [as in the recipe].")
+    ] = None,
+    overrides: SetOption = None,
+    workers: WorkersOption = None,
+    ray_address: RayOption = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the comparison in this folder.")] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder [runs/NAME-STAGE-searches].")] = None,
+) -> None:
+    """Compare searches on one problem with equal numbers of plans; says who wins, and by how much."""
+    from autocompress import pipeline
+    from autocompress.agents import Workers
+
+    crew = Workers(workers, ray_address)
+    with _progress() as on_event:
+        if resume is not None:
+            if recipe is not None or overrides or out_dir is not None or searches or stage or plans:
+                raise typer.BadParameter(
+                    "--resume takes all but workers from the comparison; give nothing else with it"
+                )
+            outcome = pipeline.resume_contest(resume, workers=crew, on_event=on_event)
+        elif recipe is None:
+            raise typer.BadParameter("name a recipe, or a comparison to --resume")
+        else:
+            loaded = pipeline.Recipe.load(recipe, overrides or ())
+            names = [name.strip() for name in searches.split(",") if name.strip()]
+            contest = pipeline.contest_of(
+                loaded, searches=names, stage=stage, num_seeds=seeds, num_plans=plans
+            )
+            outcome = pipeline.run_contest(loaded, contest, out=out_dir, workers=crew, on_event=on_event)
+    _show_contest(outcome)
 
 
 @app.command(epilog="Example: [bold]autocompress report runs/digits[/]")
@@ -303,6 +361,17 @@ def _show_result(result: Result) -> None:
         out.print(f"report: {escape(str(result.run_dir / 'report.html'))}", soft_wrap=True)
 
 
+def _show_contest(outcome: Outcome) -> None:
+    from autocompress.pipeline.contest_outcome import table
+    from autocompress.pipeline.contest_report import CURVES, REPORT, TRIALS
+
+    title = f"{outcome.name}, stage {outcome.stage}: {outcome.num_plans} plans each"
+    _show_rows(title, *table(outcome))
+    out.print(escape(outcome.verdict()), soft_wrap=True, highlight=False)
+    names = [str(outcome.folder / name) for name in (REPORT, CURVES, TRIALS)]
+    out.print(f"wrote {escape(', '.join(names))}", soft_wrap=True)
+
+
 def _show_rows(title: str, headings: list[str], rows: list[list[str]]) -> None:
     table = Table(title=title, show_footer=False)
     for index, heading in enumerate(headings):
@@ -430,7 +499,8 @@ def main() -> None:
     except AutocompressError as fault:
         code = _fault(str(fault))
     except KeyboardInterrupt:
-        err.print("interrupted; go on with: autocompress run --resume RUN_DIRECTORY")
+        again = "search" if sys.argv[1:2] == ["search"] else "run"
+        err.print(f"interrupted; go on with: autocompress {again} --resume RUN_DIRECTORY")
         code = INTERRUPTED
     except Exception as fault:
         if not hasattr(fault, "exit_code"):

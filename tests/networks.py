@@ -135,15 +135,15 @@ def seeded(kind: type[nn.Module], seed: int = 0) -> nn.Module:
 
 
 class _Scaled(nn.Module):
-    """A bare parameter scales every channel, so no width can change."""
+    """All channels are scaled by their common spread, so no width can change."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.conv, self.scale = nn.Conv2d(1, 8, 3), nn.Parameter(torch.ones(8, 1, 1))
+        self.conv, self.scale = nn.Conv2d(1, 8, 3), nn.GroupNorm(1, 8)
         self.head = nn.Linear(8, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head((self.conv(x) * self.scale).mean((2, 3)))
+        return self.head(self.scale(self.conv(x)).mean((2, 3)))
 
 
 def scaled(*, num_classes: int) -> nn.Module:

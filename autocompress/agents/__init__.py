@@ -13,11 +13,13 @@ from autocompress.agents.cma_es import CmaEs
 from autocompress.agents.evolution import Evolution
 from autocompress.agents.milp import MilpSearch
 from autocompress.agents.tpe import Tpe
+from autocompress.agents.workers import ALONE, Workers, evaluated_by
 from autocompress.core import Search
 from autocompress.core.errors import RecipeError
 from autocompress.core.wording import did_you_mean
 
 __all__ = [
+    "ALONE",
     "HAQ_SETTINGS",
     "SEARCHES",
     "CmaEs",
@@ -30,7 +32,9 @@ __all__ = [
     "TD3Search",
     "Tpe",
     "Uniform",
+    "Workers",
     "allocate_bits",
+    "evaluated_by",
     "least_plans",
     "make_search",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,10 @@ import numpy as np
 
 from autocompress.agents.scaling import scaled_to_budget, uniform_assignments
 from autocompress.core import Cost, Problem, SearchResult, Trial, TrialCallback, Value
+
+Proposal = tuple[str, list[Value]]
+"""Where a plan comes from, and its assignment."""
+_RANDOM_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,8 @@ class Uniform:
         """
         require_plans(self, num_plans, problem)
         plans = uniform_assignments(problem)[:num_plans]
-        return SearchResult(
-            tuple(
-                recorded(problem.assess(values, index=index, source="uniform"), callbacks)
-                for index, values in enumerate(plans)
-            )
-        )
+        trials = problem.assess_many(plans, index=0, source="uniform")
+        return SearchResult(tuple(recorded(trial, callbacks) for trial in trials))
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,14 @@ class RandomSearch:
         """
         require_plans(self, num_plans, problem)
         rng = np.random.default_rng(seed)
-        trials = []
-        for index in range(num_plans):
-            values = scaled_to_budget(problem, rng.uniform(size=len(problem.knobs)).tolist())
-            trials.append(recorded(problem.assess(values, index=index, source="random"), callbacks))
+        trials: list[Trial] = []
+        while len(trials) < num_plans:
+            drawn = [
+                scaled_to_budget(problem, rng.uniform(size=len(problem.knobs)).tolist())
+                for _ in range(min(_RANDOM_BATCH, num_plans - len(trials)))
+            ]
+            found = problem.assess_many(drawn, index=len(trials), source="random")
+            trials += [recorded(trial, callbacks) for trial in found]
         return SearchResult(tuple(trials))
 
 
@@ -124,22 +127,27 @@ class Evaluations:
         self.trials: list[Trial] = []
         self.num_evaluated = 0
 
-    def score_of(self, values: Sequence[Value], source: str) -> float:
-        """The score of a plan, which is a trial if it is within budget.
+    def scores_of(self, proposals: Sequence[Proposal]) -> list[float]:
+        """The scores of plans, together where that is possible; those within budget become trials.
 
         Raises:
-            ValueError: the score is not finite.
+            ValueError: a score is not finite.
         """
-        self.num_evaluated += 1
-        plan = self.problem.plan(values)
-        if self.problem.meets_budgets(self.problem.price(plan)):
-            trial = self.problem.assess(values, index=len(self.trials), source=source)
-            self.trials.append(recorded(trial, self._callbacks))
-            return trial.score
-        score = float(self.problem.evaluate(plan))
-        if not math.isfinite(score):
-            raise ValueError(f"evaluate must return a finite score, got {score} for plan {plan.digest}")
-        return score
+        plans = [self.problem.plan(values) for _, values in proposals]
+        costs = [self.problem.price(plan) for plan in plans]
+        scores = []
+        found = zip(proposals, plans, costs, self.problem.score_many(plans), strict=True)
+        for (source, _), plan, cost, (score, seconds) in found:
+            self.num_evaluated += 1
+            scores.append(score)
+            if self.problem.meets_budgets(cost):
+                trial = Trial(plan, score, cost, len(self.trials), seconds, source)
+                self.trials.append(recorded(trial, self._callbacks))
+        return scores
+
+    def score_of(self, values: Sequence[Value], source: str) -> float:
+        """The score of one plan; see :meth:`scores_of`."""
+        return self.scores_of([(source, list(values))])[0]
 
 
 class _Descent(Evaluations):
@@ -158,17 +166,19 @@ class _Descent(Evaluations):
     def lower_one_knob(self, step: float) -> bool:
         """One round: take the proposal that loses the least score per cost; False if none removes cost."""
         goal = max(self.pressure - step, 1.0)
-        proposals = []
-        for index in range(len(self.values)):
-            values = self._lowered(index, goal)
-            removed = self.pressure - self._pressure(values)
-            if removed > 0:
-                score = self.score_of(values, "greedy")
-                proposals.append(((self.score - score) / removed, -removed, index, score, values))
-        if not proposals:
+        lowered = [self._lowered(index, goal) for index in range(len(self.values))]
+        removed = [self.pressure - self._pressure(values) for values in lowered]
+        tried = [index for index, share in enumerate(removed) if share > 0]
+        if not tried:
             return False
-        _, removed, _, self.score, self.values = min(proposals, key=lambda p: p[:3])
-        self.pressure += removed
+        scores = self.scores_of([("greedy", lowered[index]) for index in tried])
+        losses = [
+            ((self.score - score) / removed[index], -removed[index], index, score)
+            for index, score in zip(tried, scores, strict=True)
+        ]
+        *_, chosen, self.score = min(losses)
+        self.values = lowered[chosen]
+        self.pressure -= removed[chosen]
         return True
 
     def finish(self) -> None:

@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.agents.additive import Allocator
-from autocompress.agents.baselines import Evaluations, require_plans
+from autocompress.agents.baselines import Evaluations, Proposal, require_plans
 from autocompress.agents.loss_belief import LossBelief
 from autocompress.agents.scaling import uniform_assignments
 from autocompress.core import Problem, SearchResult, TrialCallback, Value
 
 Floats = NDArray[np.float64]
-Proposal = tuple[str, list[Value]]
 
 _TOLD_SPREAD, _DEFAULT_SPREAD = 1.0, 2.0  # how far sensitivities may be off, relative to themselves
 _LEAST_TOLD = (
@@ -69,13 +68,13 @@ class MilpSearch:
         require_plans(self, num_plans, problem)
         planner = BitPlanner(problem, seed)
         seen = Evaluations(problem, callbacks)
-        plans: Iterator[Proposal] = planner.proposals(
-            probe=num_plans >= _PLANS_PER_PROBE * len(problem.knobs)
-        )
-        for source, values in plans:
+        opening = planner.opening(probe=num_plans >= _PLANS_PER_PROBE * len(problem.knobs))[:num_plans]
+        for (_, values), score in zip(opening, seen.scores_of(opening), strict=True):
+            planner.observe(values, score)
+        plans = planner.proposals()
+        while seen.num_evaluated < num_plans and (proposal := next(plans, None)):
+            source, values = proposal
             planner.observe(values, seen.score_of(values, source))
-            if seen.num_evaluated == num_plans:
-                break
         return SearchResult(tuple(seen.trials))
 
 
@@ -106,19 +105,28 @@ class BitPlanner:
         self._belief.observe(indices, score)
         self._tried.add(tuple(values))
 
-    def proposals(self, *, probe: bool) -> Iterator[Proposal]:
-        """Sources and assignments, new ones only; each is to be observed before the next is asked for.
+    def opening(self, *, probe: bool) -> list[Proposal]:
+        """The first plans, which no score changes, so that they can be scored together; to be observed.
 
         Args:
             probe: whether to measure every knob alone, with plans that are over budget as a rule.
         """
-        yield "milp", self._allocate(self._belief.expected(), gap=1e-6)
-        yield from self._new("uniform", uniform_assignments(self._problem))
+        plans: list[Proposal] = [("milp", self._allocate(self._belief.expected(), gap=1e-6))]
+        plans += [("uniform", values) for values in uniform_assignments(self._problem)]
         if probe:
-            yield from self._new("probe", self._probes())
+            plans += [("probe", values) for values in self._probes()]
+        first: dict[tuple[Value, ...], Proposal] = {}
+        for proposal in plans:
+            first.setdefault(tuple(proposal[1]), proposal)
+        return list(first.values())
+
+    def proposals(self) -> Iterator[Proposal]:
+        """Plans after the opening, new ones only; each is to be observed before the next is asked for."""
         while True:
             before = len(self._tried)
-            yield from self._new("milp", [self._allocate(self._belief.expected())])
+            best = self._allocate(self._belief.expected())
+            if tuple(best) not in self._tried:
+                yield "milp", best
             for doubt in _DOUBTS:
                 drawn = self._allocate(self._doubted(self._belief.drawn(self._rng), doubt))
                 if tuple(drawn) not in self._tried:
@@ -131,9 +139,6 @@ class BitPlanner:
         """Losses of which every knob's may be wrong by a factor, log-normal with deviation ``doubt``."""
         factors = np.exp(doubt * self._rng.standard_normal(len(losses)))
         return [factor * array for factor, array in zip(factors, losses, strict=True)]
-
-    def _new(self, source: str, plans: Sequence[list[Value]]) -> Iterator[Proposal]:
-        yield from ((source, values) for values in plans if tuple(values) not in self._tried)
 
     def _probes(self) -> list[list[Value]]:
         """Every knob in turn at a quarter of its choices, all others unchanged."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ class WarmUp:
         self._only_bits = all(knob.is_bits for knob in problem.knobs)
         if planned and self._only_bits:
             self._planner = BitPlanner(problem, seed)
-            self._plans = self._planner.proposals(probe=False)
+            self._plans = chain(self._planner.opening(probe=False), self._planner.proposals())
         self.is_planned = self._planner is not None
         self.num_fixed = len(self._uniform) + self.is_planned
 

@@ -45,5 +45,9 @@ class ExportError(AutocompressError):
     """The exported file is invalid or disagrees with the PyTorch network."""
 
 
+class WorkerError(AutocompressError):
+    """Plans cannot be scored in other processes, or one of them takes its process down."""
+
+
 class RunDirectoryError(AutocompressError):
     """The run directory is in use, belongs to another recipe, or cannot be written."""

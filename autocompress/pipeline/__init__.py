@@ -1,6 +1,8 @@
 """Recipes, runs and reports."""
 
 from autocompress.pipeline.architectures import Architectures
+from autocompress.pipeline.contest import Contest, contest_of, resume_contest, run_contest
+from autocompress.pipeline.contest_outcome import Outcome
 from autocompress.pipeline.estimate import Estimate, estimate
 from autocompress.pipeline.prepare import Prepared, prepare
 from autocompress.pipeline.problems import Candidate, problems_of
@@ -12,13 +14,16 @@ from autocompress.pipeline.run import compress, load_compressed, recipe_threads,
 __all__ = [
     "Architectures",
     "Candidate",
+    "Contest",
     "Estimate",
     "Event",
     "OnEvent",
+    "Outcome",
     "Prepared",
     "Recipe",
     "bundled_recipes",
     "compress",
+    "contest_of",
     "estimate",
     "find_recipe",
     "load_compressed",
@@ -26,6 +31,8 @@ __all__ = [
     "problems_of",
     "recipe_threads",
     "resume",
+    "resume_contest",
+    "run_contest",
     "run_recipe",
     "write_report",
 ]

@@ -106,15 +106,15 @@ class Series:
         name: for the legend.
         points: (x, y) in data units.
         colour: 0 to ``NUM_COLOURS - 1``.
-        mark: ``dots``, ``ring`` (large and open), ``line``, ``step`` (holds each y until the next x) or
-            ``dashed``.
+        mark: ``dots``, ``ring`` (large and open), ``line``, ``step`` (holds each y until the next x),
+            ``dashed``, or ``band`` (the points go around a filled area).
         titles: tooltips of dots and rings, one per point; the name where empty.
     """
 
     name: str
     points: tuple[tuple[float, float], ...]
     colour: int
-    mark: Literal["dots", "ring", "line", "step", "dashed"]
+    mark: Literal["dots", "ring", "line", "step", "dashed", "band"]
     titles: tuple[str, ...] = ()
 
 
@@ -221,8 +221,9 @@ def _series(series: Series, plane: _Plane) -> Markup:
         corners = [place for (_, y0), (x1, y1) in pairwise(places) for place in ((x1, y0), (x1, y1))]
         places = [*places[:1], *corners]
     points = " ".join(f"{a},{b}" for a, b in places)
-    line = Markup('<polyline points="{}" class="{}"><title>{}</title></polyline>')
-    return line.format(points, css, series.name)
+    shape = "polygon" if series.mark == "band" else "polyline"
+    line = Markup('<{0} points="{1}" class="{2}"><title>{3}</title></{0}>')
+    return line.format(shape, points, css, series.name)
 
 
 @dataclass(frozen=True)

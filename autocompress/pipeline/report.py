@@ -25,6 +25,7 @@ from autocompress.pipeline.comparison import (
 from autocompress.pipeline.plots import percent, si
 from autocompress.pipeline.run_files import FoundArchitecture, LayerChange, RunFiles
 
+TEMPLATES = Path(__file__).parent / "templates"
 _STAGES = {"nas": "Search for the network", "prune": "Search for channels", "quantise": "Search for bits"}
 
 
@@ -47,7 +48,7 @@ def write_report(run_dir: Path) -> Path:
     result, layers = files.result, files.layers
     quantised = bool(result.plan.bits)
     html = (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             result=result,
@@ -79,17 +80,17 @@ def write_report(run_dir: Path) -> Path:
     return write_atomically(run_dir / "report.html", html.encode())
 
 
-def _environment() -> Environment:
-    folder = Path(__file__).parent / "templates"
-    environment = Environment(
-        loader=FileSystemLoader(folder),
+def environment() -> Environment:
+    """What fills in the templates of reports."""
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "metric": charts.metric_name}
-    return environment
+    made.filters |= {"number": number, "percent": percent, "metric": charts.metric_name}
+    return made
 
 
 def _stages(files: RunFiles) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, on_event: OnEvent = s
         AutocompressError: any of its kinds.
     """
     with recipe_threads(recipe):
-        recipe = _absolute(recipe)
+        recipe = absolute_paths(recipe)
         prepared = prepare(recipe)
         path = out or RunDirectory.next_free(Path("runs"), recipe.name)
         with RunDirectory.create(path, recipe) as directory:
@@ -180,7 +180,7 @@ def found_network(run_dir: Path, result: Result) -> nn.Module:
     return space.build(result.plan.arch, seed=0)
 
 
-def _absolute(recipe: Recipe) -> Recipe:
+def absolute_paths(recipe: Recipe) -> Recipe:
     """Files by absolute path, so that the run can be resumed from any folder."""
     changes: dict[str, Any] = {}
     if recipe.weights is not None:
@@ -213,7 +213,7 @@ def recipe_threads(recipe: Recipe) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _same_inputs(run: stages.Run) -> None:
+def check_inputs(run: stages.Run) -> None:
     """A resumed run goes on with the networks and data it was started with, or not at all."""
     now, then = inputs_of(run.prepared), run.directory.read_json("inputs.json")
     if then is None:
@@ -227,7 +227,7 @@ def _same_inputs(run: stages.Run) -> None:
 
 
 def _run(run: stages.Run) -> Result:
-    _same_inputs(run)
+    check_inputs(run)
     recipe = run.prepared.recipe
     if run.prepared.architectures:
         found = search_architecture(run, run.prepared.architectures)

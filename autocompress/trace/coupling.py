@@ -1,24 +1,23 @@
-"""Which channels can only be removed together, from torch-pruning's dependency graph.
+"""Which channels can only be removed together.
 
-torch-pruning says, for every channel a layer produces, which positions of which other layers hold the same
-channel. Those statements are joined here into classes of positions (units), and units that touch the same
-layers in the same way form a :class:`~autocompress.core.ChannelGroup`.
+Following a network once (see :mod:`autocompress.trace.follow`) gives, for every side of every module, the
+units its channels belong to. Units that touch the same places equally often form a
+:class:`~autocompress.core.ChannelGroup`.
 
-Grouped convolutions, depthwise ones among them, lose whole convolution groups: all input and output
-channels of one convolution group are one unit.
+Grouped convolutions, depthwise ones among them, lose whole convolution groups: all input and output channels
+of one convolution group are one unit.
 
-Source: Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023 (the dependency graph).
+Differs from torch-pruning (Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023), which reads
+the autograd graph, in that operations are followed as they run, index by index, so that an operation without
+a rule locks what it reads instead of being taken for element-wise.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
+import logging
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,20 +26,11 @@ from torch import Tensor, nn
 
 from autocompress.core.errors import UnsupportedModelError
 from autocompress.core.graph import ChannelGroup
+from autocompress.trace.follow import Follower
 from autocompress.trace.layers import LAYERS
-from autocompress.trace.padding import map_channel_padding
+from autocompress.trace.units import FIXED, Labels, Place, Resolved, Side, Units
 
-Side = Literal["in", "out"]
-
-PER_CHANNEL = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.PReLU,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,207 +50,175 @@ class Slot:
     unit: NDArray[np.int64]
 
 
-class _Classes:
-    """Union-find over units; every position of a layer's side belongs to at most one."""
+@dataclass(frozen=True, eq=False)
+class TensorSlot:
+    """The channels along one axis of a parameter or buffer that is used outside layers.
 
-    def __init__(self) -> None:
-        self.parent: list[int] = []
-        self.sides: dict[tuple[str, Side], NDArray[np.int64]] = {}
-        self.locks: dict[int, str] = {}
+    Args:
+        tensor: dotted name.
+        axis: which axis.
+        group, unit: as in :class:`Slot`.
+    """
 
-    def new(self, count: int) -> range:
-        start = len(self.parent)
-        self.parent.extend(range(start, start + count))
-        return range(start, start + count)
-
-    def find(self, item: int) -> int:
-        while self.parent[item] != item:
-            self.parent[item] = self.parent[self.parent[item]]
-            item = self.parent[item]
-        return item
-
-    def join(self, a: int, b: int) -> None:
-        self.parent[max(self.find(a), self.find(b))] = min(self.find(a), self.find(b))
-
-    def put(self, key: tuple[str, Side], size: int, pairs: Iterable[tuple[int, int]]) -> None:
-        """Say that position ``p`` of a side belongs to unit ``u`` for each pair (p, u)."""
-        owner = self.sides.setdefault(key, np.full(size, -1, dtype=np.int64))
-        for position, unit in pairs:
-            if owner[position] < 0:
-                owner[position] = unit
-            else:
-                self.join(int(owner[position]), unit)
+    tensor: str
+    axis: int
+    group: NDArray[np.int64]
+    unit: NDArray[np.int64]
 
 
-def couple(model: nn.Module, example: Tensor, order: list[str]) -> tuple[list[ChannelGroup], list[Slot]]:
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """The channel groups of a network and where their units are.
+
+    Args:
+        groups: in execution order of their first producer.
+        slots: sides of modules.
+        tensors: axes of parameters and buffers.
+        splits: operations that split an axis of channels where it was not clear which part shrinks.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    slots: tuple[Slot, ...]
+    tensors: tuple[TensorSlot, ...]
+    splits: tuple[str, ...]
+
+
+def couple(model: nn.Module, example: Tensor, order: list[str], *, split_inside: bool = True) -> Coupling:
     """Find the channel groups of a network.
 
     Args:
-        model: in evaluation mode, with parameters that require gradients; not changed.
+        model: in evaluation mode; a copy, as its statistics change where layers run in training only.
         example: one input batch.
         order: names of the executed layers, in execution order.
+        split_inside: see :class:`~autocompress.trace.axes.Context`.
 
     Raises:
-        UnsupportedModelError: torch-pruning cannot follow the network.
+        UnsupportedModelError: the network cannot be followed.
     """
-    modules = dict(model.named_modules())
-    classes = _Classes()
-    _follow(model, example, [name for name in order if name in modules], modules, classes)
-    for name in order:
-        _tie_convolution_groups(name, modules[name], classes)
-    return _groups(classes, order, modules)
-
-
-def _follow(
-    model: nn.Module, example: Tensor, order: list[str], modules: dict[str, nn.Module], classes: _Classes
-) -> None:
-    """Ask torch-pruning for the positions coupled to every produced channel."""
-    import torch_pruning as tp
-
-    at = "while its operations are listed"
+    units = Units()
+    follower = Follower(model, units, split_inside=split_inside)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            dependency = tp.DependencyGraph().build_dependency(model, example_inputs=example, verbose=False)
-            map_channel_padding(dependency)
-            recorder = _Recorder(model, dependency, classes)
-            for name in dict.fromkeys(order):
-                at = f"at layer {name!r}"
-                module = modules[name]
-                if module not in dependency.module2node or _complete(classes, name):
-                    continue
-                pruner = dependency.get_pruner_of_module(module)
-                channels = _channels(module, "out")
-                items = dependency.get_pruning_group(module, pruner.prune_out_channels, list(range(channels)))
-                units = classes.new(channels)
-                for item in items:
-                    recorder.record(item, units)
+        follower.run(example)
     except Exception as fault:
         raise UnsupportedModelError(
-            f"the channels of this network cannot be followed {at} ({type(fault).__name__}: {fault}). "
-            "Rewrite what follows it with plain torch operations, or pass the sub-network that can be pruned."
+            f"the channels of this network cannot be followed {follower.place} "
+            f"({type(fault).__name__}: {fault}). Rewrite that part with plain torch operations, or pass the "
+            "sub-network that can be pruned."
         ) from fault
+    _follow_training(model, example, units, follower)
+    _lock_shared_parameters(model, units)
+    return _Groups(units.resolve(), order, dict(model.named_modules())).coupling(follower.splits)
 
 
-def _complete(classes: _Classes, name: str) -> bool:
-    """Whether every output channel already belongs to a unit; coupling is symmetric, so nothing is new."""
-    owner = classes.sides.get((name, "out"))
-    return owner is not None and bool((owner >= 0).all())
-
-
-class _Recorder:
-    """Writes torch-pruning's statements into the classes."""
-
-    def __init__(self, model: nn.Module, dependency: Any, classes: _Classes) -> None:
-        self._dependency, self._classes = dependency, classes
-        self._names = {module: name for name, module in model.named_modules()}
-        self._parameters = {id(p): name for name, p in model.named_parameters()}
-
-    def record(self, item: Any, units: range) -> None:
-        """One statement: these positions of this module hold the channels ``units[root]``."""
-        module, handler = item.dep.target.module, item.dep.handler
-        roots = [units[root] for root in item.root_idxs]
-        if isinstance(module, nn.Parameter):
-            name = self._parameters.get(id(module), "?")
-            self._lock(roots, f"it meets the bare parameter {name!r}, which is no layer; wrap it in one")
-        elif module in self._names:  # else an operation without parameters: the verification judges it
-            self._record_module(module, handler, item.idxs, roots)
-
-    def _record_module(self, module: nn.Module, handler: Any, positions: list[int], roots: list[int]) -> None:
-        name = self._names[module]
-        if not isinstance(module, (*LAYERS, *PER_CHANNEL)):
-            kind = type(module).__name__
-            self._lock(roots, f"{name!r} ({kind}) mixes channels, so removing some changes the others")
-            return
-        outgoing = not isinstance(module, LAYERS) or self._dependency.is_out_channel_pruning_fn(handler)
-        side: Side = "out" if outgoing else "in"
-        channels = _channels(module, side)
-        if max(positions, default=0) >= channels:
-            self._lock(
-                roots, f"an operation before {name!r} changes the number of channels in a way not known"
-            )
-            return
-        self._classes.put((name, side), channels, zip(positions, roots, strict=True))
-
-    def _lock(self, units: list[int], reason: str) -> None:
-        for unit in units:
-            self._classes.locks.setdefault(unit, reason)
-
-
-def _channels(module: nn.Module, side: Side) -> int:
-    """Number of channels on one side of a layer or per-channel module."""
-    match module:
-        case nn.Linear():
-            return module.out_features if side == "out" else module.in_features
-        case nn.PReLU():
-            return module.num_parameters
-        case _ if isinstance(module, LAYERS):
-            return int(module.out_channels if side == "out" else module.in_channels)  # type: ignore[arg-type]
-        case _:
-            return int(module.num_features)  # type: ignore[arg-type]
-
-
-def _tie_convolution_groups(name: str, module: nn.Module, classes: _Classes) -> None:
-    """All input and output channels of one convolution group are one unit."""
-    count = int(getattr(module, "groups", 1))
-    if count <= 1:
+def _follow_training(model: nn.Module, example: Tensor, units: Units, follower: Follower) -> None:
+    """Follow layers that run in training only, such as auxiliary heads, as far as what they read."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+    unseen = [name for name in layers if (name, "in") not in units.places]
+    if not unseen:
         return
-    units = classes.new(count)
-    for side in ("in", "out"):
-        size = _channels(module, side)
-        pairs = ((p, units[p * count // size]) for p in range(size))
-        classes.put((name, side), size, pairs)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model.train()
+            follower.run(torch.cat([example, example]))
+    except Exception as fault:
+        log.warning(
+            "in training this network does not run on such images (%s), so layers that only run then keep "
+            "their size and may not fit a pruned network: %s",
+            fault,
+            ", ".join(unseen),
+        )
+    finally:
+        model.eval()
+    for name in unseen:
+        units.lock(units.places.get((name, "out")), f"{name!r} makes these channels in training only")
 
 
-def _groups(
-    classes: _Classes, order: list[str], modules: dict[str, nn.Module]
-) -> tuple[list[ChannelGroup], list[Slot]]:
-    """Units that touch the same sides equally often form one group, named by its first producer."""
-    place = {name: i for i, name in enumerate(dict.fromkeys(order))}
-    touched: dict[int, dict[tuple[str, Side], int]] = defaultdict(lambda: defaultdict(int))
-    for key, owner in classes.sides.items():
-        for unit in owner[owner >= 0]:
-            touched[classes.find(int(unit))][key] += 1
-    locks: dict[int, str] = {}
-    for unit, reason in classes.locks.items():
-        locks.setdefault(classes.find(unit), reason)
-
-    members: dict[Any, list[int]] = defaultdict(list)
-    for unit in sorted(touched):
-        members[(frozenset(touched[unit].items()), locks.get(unit))].append(unit)
-
-    def first(item: tuple[Any, list[int]]) -> tuple[int, int]:
-        return min(place.get(name, len(place)) for (name, _), _ in item[0][0]), item[1][0]
-
-    groups: list[ChannelGroup] = []
-    position: dict[int, tuple[int, int]] = {}
-    for (signature, lock), units in sorted(members.items(), key=first):
-        producers = _layers_in(signature, "out", place, modules)
-        consumers = _layers_in(signature, "in", place, modules)
-        name = _free_name((producers or consumers)[0], {group.name for group in groups})
-        position |= {unit: (len(groups), i) for i, unit in enumerate(units)}
-        locked = lock or _lock_at_the_ends(producers, consumers)
-        groups.append(ChannelGroup(name, len(units), producers, consumers, locked))
-    return groups, [_slot(key, owner, position, classes) for key, owner in classes.sides.items()]
+def _lock_shared_parameters(model: nn.Module, units: Units) -> None:
+    """Layers that share a parameter would have to lose the same channels: they lose none."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owners[id(parameter)].append(f"{name}.{key}")
+    for names in owners.values():
+        if len(names) > 1:
+            modules = {name.rpartition(".")[0] for name in names}
+            for (owner, side), labels in units.places.items():
+                if owner in modules or (isinstance(side, int) and owner in names):
+                    units.lock(labels, f"{', '.join(map(repr, names))} are one parameter; give each its own")
 
 
-def _layers_in(
-    signature: frozenset[tuple[tuple[str, str], int]],
-    side: str,
-    place: dict[str, int],
-    modules: dict[str, nn.Module],
-) -> tuple[str, ...]:
-    """Layers touched on one side, in execution order."""
-    found = {name for (name, s), _ in signature if s == side and isinstance(modules[name], LAYERS)}
-    return tuple(sorted(found, key=lambda name: place.get(name, len(place))))
+class _Groups:
+    """Forms groups of units."""
+
+    def __init__(self, resolved: Resolved, order: list[str], modules: Mapping[str, nn.Module]) -> None:
+        self._units, self._locks, self._modules = resolved.units, resolved.locks, modules
+        self._rank = {name: i for i, name in enumerate(dict.fromkeys(order))}
+
+    def coupling(self, splits: Iterable[str]) -> Coupling:
+        groups: list[ChannelGroup] = []
+        where: dict[int, tuple[int, int]] = {}
+        for places, lock, units in self._members():
+            producers, consumers = (self._layers_in(places, side) for side in ("out", "in"))
+            if not producers and not consumers:
+                continue
+            name = _free_name((producers or consumers)[0], {group.name for group in groups})
+            where |= {unit: (len(groups), i) for i, unit in enumerate(units)}
+            locked = lock or _lock_of(producers, consumers, len(units), dict(places))
+            groups.append(ChannelGroup(name, len(units), producers, consumers, locked))
+        sides, tensors = [], []
+        for (owner, side), labels in self._units.items():
+            group, unit = _slot(labels, where)
+            if isinstance(side, int):
+                tensors.append(TensorSlot(owner, side, group, unit))
+            else:
+                sides.append(Slot(owner, side, group, unit))
+        kept = tuple(slot for slot in tensors if (slot.group >= 0).any())
+        return Coupling(_one_axis_each(groups, kept), tuple(sides), kept, tuple(dict.fromkeys(splits)))
+
+    def _members(self) -> list[tuple[tuple[tuple[Place, int], ...], str | None, list[int]]]:
+        """Units that touch the same places equally often and share a lock, by their first layer."""
+        touched: dict[int, list[tuple[Place, int]]] = defaultdict(list)
+        for place, labels in self._units.items():
+            found, counts = np.unique(labels[labels != FIXED], return_counts=True)
+            for unit, count in zip(found.tolist(), counts.tolist(), strict=True):
+                touched[unit].append((place, count))
+        members: dict[tuple[tuple[tuple[Place, int], ...], str | None], list[int]] = defaultdict(list)
+        for unit in sorted(touched):
+            members[tuple(touched[unit]), self._locks.get(unit)].append(unit)
+
+        def first(item: tuple[tuple[tuple[Place, int], ...], str | None, list[int]]) -> tuple[int, int]:
+            last = len(self._rank)
+            return min(self._rank.get(owner, last) for (owner, _), _ in item[0]), item[2][0]
+
+        return sorted(((places, lock, units) for (places, lock), units in members.items()), key=first)
+
+    def _layers_in(self, places: tuple[tuple[Place, int], ...], side: str) -> tuple[str, ...]:
+        """Layers touched on one side, in execution order."""
+        found = {owner for (owner, s), _ in places if s == side and isinstance(self._modules[owner], LAYERS)}
+        return tuple(sorted(found & set(self._rank), key=lambda name: self._rank[name]))
 
 
-def _lock_at_the_ends(producers: tuple[str, ...], consumers: tuple[str, ...]) -> str | None:
+def _lock_of(
+    producers: tuple[str, ...], consumers: tuple[str, ...], size: int, places: Mapping[Place, int]
+) -> str | None:
     if not producers:
-        return "its channels come from the network's input"
+        return "its channels are made by no layer"
     if not set(consumers) - set(producers):
-        return "its channels are the network's output"
+        return "its channels are read by no layer"
+    if size == 1 and any(count > 1 for count in places.values()):
+        return "its channels are tied together so that they could only go all at once"
     return None
+
+
+def _one_axis_each(groups: list[ChannelGroup], tensors: Iterable[TensorSlot]) -> tuple[ChannelGroup, ...]:
+    """Parameters with two axes of channels keep all but the first whole, so that sizes add up."""
+    seen: dict[str, int] = {}
+    for slot in tensors:
+        if seen.setdefault(slot.tensor, slot.axis) != slot.axis:
+            for i in np.unique(slot.group[slot.group >= 0]):
+                reason = f"parameter {slot.tensor!r} holds these channels beside others; make it a layer"
+                groups[i] = replace(groups[i], locked=groups[i].locked or reason)
+    return tuple(groups)
 
 
 def _free_name(base: str, taken: set[str]) -> str:
@@ -271,9 +229,7 @@ def _free_name(base: str, taken: set[str]) -> str:
     return name
 
 
-def _slot(
-    key: tuple[str, Side], owner: NDArray[np.int64], position: dict[int, tuple[int, int]], classes: _Classes
-) -> Slot:
-    places = [position[classes.find(int(u))] if u >= 0 else (-1, -1) for u in owner]
+def _slot(labels: Labels, where: Mapping[int, tuple[int, int]]) -> tuple[Labels, Labels]:
+    places = [where.get(unit, (-1, -1)) for unit in labels.tolist()]
     table = np.array(places, dtype=np.int64).reshape(-1, 2)
-    return Slot(key[0], key[1], table[:, 0].copy(), table[:, 1].copy())
+    return table[:, 0].copy(), table[:, 1].copy()

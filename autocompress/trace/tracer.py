@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autocompress.core.errors import UnsupportedModelError
-from autocompress.core.graph import ChannelGroup, LayerGraph, LayerSpec, Width
-from autocompress.trace.coupling import PER_CHANNEL, Slot, couple
-from autocompress.trace.layers import layer_specs, run_once, tensors_in
-from autocompress.trace.surgery import Kept, mask, shrink
+from autocompress.core.graph import LayerGraph, LayerSpec, Width
+from autocompress.trace.coupling import Coupling, Slot, TensorSlot, couple
+from autocompress.trace.layers import LAYERS, PER_CHANNEL, layer_specs, run_once
+from autocompress.trace.units import Side
+from autocompress.trace.verify import Check
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +28,12 @@ class Trace:
     Args:
         graph: the layers and channel groups.
         slots: one entry per side of a module that holds channels of some group.
+        tensors: one entry per axis of a parameter or buffer outside layers that holds channels of some group.
     """
 
     graph: LayerGraph
     slots: tuple[Slot, ...]
+    tensors: tuple[TensorSlot, ...] = ()
 
     def __post_init__(self) -> None:
         self.graph.sizes  # noqa: B018  (computed once, before the trace is shared)
@@ -40,9 +42,9 @@ class Trace:
 def trace(model: nn.Module, input_shape: Sequence[int]) -> Trace:
     """Find out what a network is made of and which of its channels can be pruned together.
 
-    The coupling comes from torch-pruning, which guesses where it does not know an operation. So the answer
-    is checked before it is used: on a copy with random weights, the network without half of its units must
-    equal the network with those units masked. A group that fails is locked and says so.
+    The channels are followed through one run, operation by operation. The answer is checked before it is
+    used: on a copy with random weights, the network without some units of every group must equal the network
+    with those units masked. A group that fails is locked and says so.
 
     Args:
         model: any network; it is copied, never changed.
@@ -65,16 +67,21 @@ def trace(model: nn.Module, input_shape: Sequence[int]) -> Trace:
             "the network has no convolution or linear layer, so nothing can be pruned"
         )
     specs = layer_specs(calls)
-    groups, slots = couple(model, example, [spec.reuses or spec.name for spec in specs])
-    graph = _graph(model, specs, groups, slots, tuple(input_shape))
+    order = [spec.reuses or spec.name for spec in specs]
     missing = counted - sum(layer.macs for layer in specs)
-    if missing:
-        graph = replace(
-            graph,
-            uncounted=(f"{missing:,} MACs in matrix products or convolutions outside layer modules",),
-        )
-    traced = Trace(graph, tuple(slots))
-    return _verified(model, traced)
+    notes = (f"{missing:,} MACs in matrix products or convolutions outside layer modules",) if missing else ()
+
+    def attempt(split_inside: bool) -> tuple[Trace, Coupling]:
+        found = couple(model, example, order, split_inside=split_inside)
+        graph = _graph(model, specs, found, tuple(input_shape))
+        return Trace(replace(graph, uncounted=notes), found.slots, found.tensors), found
+
+    inside, found = attempt(True)
+    outside = attempt(False)[0] if found.splits else None
+    best = _verified(model, inside)
+    if outside is not None and _num_prunable(outside) > _num_prunable(best):
+        best = max(best, _verified(model, outside), key=_num_prunable)
+    return best
 
 
 def measure(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
@@ -96,21 +103,17 @@ def _working_copy(model: nn.Module) -> nn.Module:
         raise UnsupportedModelError(
             f"the network cannot be copied ({fault}); remove hooks and non-copyable attributes"
         ) from fault
-    model = model.cpu().float().eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model
+    return model.cpu().float().eval()
 
 
 def _graph(
     model: nn.Module,
     specs: list[LayerSpec],
-    groups: list[ChannelGroup],
-    slots: list[Slot],
+    found: Coupling,
     input_shape: tuple[int, ...],
 ) -> LayerGraph:
-    names = [group.name for group in groups]
-    widths = {(slot.module, slot.side): _width(slot, names) for slot in slots}
+    names = [group.name for group in found.groups]
+    widths = {(slot.module, slot.side): _width(slot, names) for slot in found.slots}
     layers = tuple(
         replace(
             spec,
@@ -119,18 +122,36 @@ def _graph(
         )
         for spec in specs
     )
-    in_layers = sum(spec.num_params for spec in specs)
-    other = Width(sum(p.numel() for p in model.parameters()) - in_layers)
+    other = _other_params(model, specs, found, widths)
+    return LayerGraph(layers, found.groups, other, (), input_shape)
+
+
+def _other_params(
+    model: nn.Module, specs: list[LayerSpec], found: Coupling, widths: Mapping[tuple[str, Side], Width]
+) -> Width:
+    """Parameters outside the layers that run, as a function of the sizes of the groups."""
+    names, sizes = [group.name for group in found.groups], {g.name: g.size for g in found.groups}
+    counted = {spec.name for spec in specs}
+    other = Width(sum(p.numel() for p in model.parameters()) - sum(spec.num_params for spec in specs))
+
+    def add(width: Width, per_channel: int) -> None:
+        nonlocal other
+        other = other + Width(-per_channel * width.at(sizes)) + per_channel * width
+
     for name, module in model.named_modules():
         if isinstance(module, PER_CHANNEL) and (name, "out") in widths:
-            tensors = sum(1 for p in module.parameters(recurse=False))
-            width = widths[name, "out"]
-            current = width.at({g.name: g.size for g in groups})
-            other = other + Width(-tensors * current) + tensors * width
-    return LayerGraph(layers, tuple(groups), other, (), input_shape)
+            add(widths[name, "out"], sum(1 for _ in module.parameters(recurse=False)))
+        elif isinstance(module, LAYERS) and name not in counted and (name, "in") in widths:
+            width = widths[name, "in"]  # what it makes is locked
+            add(width, module.weight.numel() // width.at(sizes))
+    parameters = dict(model.named_parameters())
+    for slot in found.tensors:
+        if slot.tensor in parameters:
+            add(_width(slot, names), parameters[slot.tensor].numel() // len(slot.group))
+    return other
 
 
-def _width(slot: Slot, names: list[str]) -> Width:
+def _width(slot: Slot | TensorSlot, names: list[str]) -> Width:
     terms = []
     for index in np.unique(slot.group[slot.group >= 0]):
         here = slot.unit[slot.group == index]
@@ -138,78 +159,12 @@ def _width(slot: Slot, names: list[str]) -> Width:
     return Width(int((slot.group < 0).sum()), tuple(terms))
 
 
+def _num_prunable(traced: Trace) -> int:
+    return sum(group.size * len(group.producers) for group in traced.graph.prunable)
+
+
 def _verified(model: nn.Module, traced: Trace) -> Trace:
-    """The trace with every group locked that fails shrunk = masked."""
-    model = _randomised(model)
-    example = torch.randn(2, *traced.graph.input_shape, generator=_generator(), dtype=torch.float64)
-    if _holds(model, traced, _halves(traced), example) is None:
-        return traced
-    halves, accepted = _halves(traced), dict[str, Any]()
-    groups = list(traced.graph.groups)
-    for index, group in enumerate(groups):
-        if group.name in halves:
-            trial = {**accepted, group.name: halves[group.name]}
-            fault = _holds(model, traced, {group.name: halves[group.name]}, example)
-            fault = fault or _holds(model, traced, trial, example)
-            if fault is None:
-                accepted = trial
-            else:
-                groups[index] = replace(group, locked=fault)
-    return replace(traced, graph=replace(traced.graph, groups=tuple(groups)))
-
-
-def _holds(model: nn.Module, traced: Trace, kept: Kept, example: Tensor) -> str | None:
-    """None when shrunk = masked for this choice, else what went wrong."""
-    if not kept:
-        return None
-    try:
-        with torch.no_grad():
-            small = tensors_in(shrink(model, traced, kept)(example))
-    except Exception as fault:
-        return f"the network does not run without some of these channels ({_short(fault)})"
-    with torch.no_grad():
-        reference = tensors_in(mask(model, traced, kept)(example))
-    for a, b in zip(small, reference, strict=True):
-        if a.shape != b.shape:
-            return "its channels are part of the network's output"
-        if not torch.isfinite(b).all():
-            return "the check gave values that are not finite"
-        if (a - b).abs().max() > 1e-8 * max(1.0, float(b.abs().max())):
-            return "its channels are re-ordered or mixed by an operation between its layers"
-    return None
-
-
-def _short(fault: Exception) -> str:
-    return str(fault).splitlines()[0][:160] if str(fault) else type(fault).__name__
-
-
-def _halves(traced: Trace) -> dict[str, np.typing.NDArray[np.int64]]:
-    """A random half of the units of every prunable group that has at least two."""
-    rng = np.random.default_rng(0)
-    return {
-        group.name: np.sort(rng.choice(group.size, (group.size + 1) // 2, replace=False))
-        for group in traced.graph.prunable
-        if group.size > 1
-    }
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def _randomised(model: nn.Module) -> nn.Module:
-    """A double-precision copy with generic weights: zero-initialised layers would hide faults."""
-    model = copy.deepcopy(model).double()
-    generator = _generator()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            fan_in = max(1, parameter[0].numel()) if parameter.dim() > 1 else 1
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(noise * (1.6 / fan_in) ** 0.5 if parameter.dim() > 1 else 0.3 * noise)
-        for module in model.modules():
-            if isinstance(module, PER_CHANNEL) and not isinstance(module, nn.PReLU):
-                for name in ("weight", "running_var"):
-                    value = getattr(module, name, None)
-                    if value is not None:
-                        value.copy_(torch.rand(value.shape, generator=generator, dtype=torch.float64) + 0.5)
-    return model
+    """The trace with every group locked that fails shrunk = masked; spoils the model."""
+    faults = Check(model, traced).faults()
+    groups = tuple(replace(g, locked=g.locked or faults.get(g.name)) for g in traced.graph.groups)
+    return replace(traced, graph=replace(traced.graph, groups=groups))

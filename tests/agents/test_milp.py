@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -317,7 +318,8 @@ def test_bits_move_together_by_equal_steps(seed, data):
 def test_a_planner_proposes_only_what_is_new():
     problem, *_ = bits_problem(1, num_layers=3)
     planner, seen = BitPlanner(problem, 0), []
-    for _, (_, values) in zip(range(25), planner.proposals(probe=True), strict=False):
+    plans = chain(planner.opening(probe=True), planner.proposals())
+    for _, (_, values) in zip(range(25), plans, strict=False):
         seen.append(tuple(values))
         planner.observe(values, problem.evaluate(problem.plan(values)))
     assert len(set(seen)) == len(seen)

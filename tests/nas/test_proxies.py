@@ -18,6 +18,7 @@ from autocompress.nas.proxies import (
     PROXIES,
     fisher,
     grad_norm,
+    grasp,
     jacob_cov,
     naswot,
     num_macs,
@@ -56,9 +57,36 @@ def test_snip_and_grad_norm_are_sums_over_the_gradient_of_one_layer() -> None:
     gradient = p.T @ x / len(x)
     assert snip(model, images, labels) == pytest.approx(float((weight * gradient).abs().sum()), rel=1e-5)
     assert grad_norm(model, images, labels) == pytest.approx(float(gradient.norm()), rel=1e-5)
-    # Per sample and output: a * dL/da, with dL/da = (softmax - onehot) / batch.
+    # Per sample and output: a * dL/da, with dL/da = (softmax - onehot) / batch; 12 weights per output.
     products = model(images).detach() * p / len(x)
-    assert fisher(model, images, labels) == pytest.approx(float(0.5 * (products**2).mean(0).sum()), rel=1e-5)
+    expected = 12 * float(0.5 * (products**2).mean(0).sum())
+    assert fisher(model, images, labels) == pytest.approx(expected, rel=1e-5)
+
+
+def test_fisher_counts_a_channel_of_a_convolution_once_per_weight() -> None:
+    torch.manual_seed(0)
+    convolution, images, labels = nn.Conv2d(3, 4, 3, padding=1, bias=False), *batch()
+    model = nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    a = convolution(images).detach().requires_grad_(True)
+    F.cross_entropy(a.mean((2, 3)), labels).backward()
+    assert a.grad is not None
+    channels = 0.5 * ((a.detach() * a.grad).sum((2, 3)) ** 2).mean(0)
+    assert fisher(model, images, labels) == pytest.approx(3 * 9 * float(channels.sum()), rel=1e-4)
+
+
+def test_grasp_is_minus_the_weights_times_the_hessian_times_the_gradient() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False))
+    images, labels = batch()
+    weights = tuple(model[i].weight.detach().clone() for i in (1, 3))
+
+    def loss(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(torch.tanh(images.flatten(1) @ first.T) @ second.T, labels)
+
+    gradient = torch.autograd.functional.jacobian(loss, weights)
+    _, product = torch.autograd.functional.hvp(loss, weights, gradient)
+    expected = -sum(float((w * p).sum()) for w, p in zip(weights, product, strict=True))
+    assert grasp(model, images, labels) == pytest.approx(expected, rel=1e-4)
 
 
 def test_networks_that_react_alike_to_all_images_score_lower() -> None:
