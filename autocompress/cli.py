@@ -80,27 +80,31 @@ class Format(StrEnum):
     "[bold]autocompress run digits --set search.num_plans=50 --set seed=1[/] · "
     "[bold]autocompress run --resume runs/digits[/]"
 )
-def run(
+def run(  # noqa: PLR0917
     recipe: Annotated[
         Path | None, typer.Argument(help="A recipe file, or the name of a bundled one.")
     ] = None,
     overrides: SetOption = None,
+    workers: WorkersOption = None,
+    ray_address: RayOption = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder of the run [runs/NAME].")] = None,
 ) -> None:
     """Run a recipe: find a network, train, prune, fine-tune, quantise, export, report."""
     from autocompress import pipeline
+    from autocompress.agents import Workers
 
+    crew = Workers(workers, ray_address)
     with _progress() as on_event:
         if resume is not None:
             if recipe is not None or overrides or out_dir is not None:
                 raise typer.BadParameter("--resume takes its recipe from the run; give nothing else with it")
-            result = pipeline.resume(resume, on_event=on_event)
+            result = pipeline.resume(resume, workers=crew, on_event=on_event)
         elif recipe is None:
             raise typer.BadParameter("name a recipe, or a run to --resume")
         else:
             loaded = pipeline.Recipe.load(recipe, overrides or ())
-            result = pipeline.run_recipe(loaded, out=out_dir, on_event=on_event)
+            result = pipeline.run_recipe(loaded, out=out_dir, workers=crew, on_event=on_event)
     _show_result(result)
 
 

@@ -21,7 +21,7 @@ from autocompress.agents.scaling import scaled_to_budget
 from autocompress.agents.settings import check_settings, is_count, is_share
 from autocompress.core import Budget, Cost, Problem, SearchResult, TrialCallback, Value
 
-_AT_FULL_BUDGET = 0.2  # share of the range of the spending gene that spends all
+_AT_FULL_BUDGET = 0.5  # share of the range of the spending gene that spends all
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autocompress.core.errors import DataError, RecipeError
 from autocompress.nas.spaces import Darts, Space
-from autocompress.nas.spaces.darts import EDGES_PER_NODE
+from autocompress.nas.spaces.cells import EDGES_PER_NODE
 from autocompress.nas.spaces.space import ABSENT
 from autocompress.nas.supernet.gates import Mixture
 from autocompress.nas.supernet.network import Supernet

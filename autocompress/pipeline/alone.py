@@ -95,7 +95,7 @@ def _alone(
         prepared = prepare_own({name: model}, data, recipe)
     path = run.directory.path / FOLDER / stage
     with _directory(path, recipe) as directory:
-        result = run_again(Run(prepared, directory, on_event))
+        result = run_again(Run(prepared, directory, on_event, run.workers))
     return {
         "model": str(result.provenance["model"]),
         "accuracy": result.after["accuracy"],

@@ -128,7 +128,7 @@ def run_contest(
         path = out or RunDirectory.next_free(Path("runs"), name)
         with RunDirectory.create(path, recipe) as directory:
             directory.write_json(CONTEST, asdict(contest))
-            return _run(stages.Run(prepared, directory, on_event), contest, workers)
+            return _run(stages.Run(prepared, directory, on_event, workers), contest)
 
 
 def resume_contest(path: Path, *, workers: Workers = ALONE, on_event: OnEvent = silent) -> Outcome:
@@ -141,7 +141,7 @@ def resume_contest(path: Path, *, workers: Workers = ALONE, on_event: OnEvent = 
         contest = _stored(directory)
         recipe = directory.recipe
         with recipe_threads(recipe):
-            return _run(stages.Run(prepare(recipe), directory, on_event), contest, workers)
+            return _run(stages.Run(prepare(recipe), directory, on_event, workers), contest)
 
 
 def _stored(directory: RunDirectory) -> Contest:
@@ -172,14 +172,14 @@ def _check_plans(prepared: Prepared, contest: Contest) -> None:
         raise RecipeError(list(dict.fromkeys(faults)))
 
 
-def _run(run: stages.Run, contest: Contest, workers: Workers) -> Outcome:
+def _run(run: stages.Run, contest: Contest) -> Outcome:
     check_inputs(run)
     problem = _problem(run, contest.stage)
     problem.reachable()
     attempts: list[Attempt] = []
     with (
         Ledger(run.directory.path / "ledger.sqlite") as ledger,
-        evaluated_by(problem, workers) as shared,
+        evaluated_by(problem, run.workers) as shared,
     ):
         recorded = ledger.in_front_of(shared)
         for seed in range(run.prepared.recipe.seed, run.prepared.recipe.seed + contest.num_seeds):

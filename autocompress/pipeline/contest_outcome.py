@@ -135,7 +135,7 @@ class Outcome:
         return sorted(found, key=lambda one: (-one.mean, one.seconds))
 
     def verdict(self) -> str:
-        """One or two sentences: who won, and whether the spread over seeds leaves that standing."""
+        """One or two sentences: who won, and whether that stands out of the chance of the seeds."""
         first, *others = self.standings()
         told = f"{first.search} found the best plans: {said(first)} in the mean of {_seeds(len(first.best))}"
         if not others:
@@ -144,11 +144,11 @@ class Outcome:
             return (
                 told + f"; next is {others[0].search}, {said(others[0])}. One seed tells nothing of chance."
             )
-        level = [one.search for one in others if first.mean - one.mean <= _spread(first, one)]
+        level = [one.search for one in others if first.mean - one.mean <= 2 * _standard_error(first, one)]
         told += f"; next is {others[0].search}, {said(others[0])}."
         if level:
-            return told + f" Within the spread of the seeds it is level with {', '.join(level)}."
-        return told + " The lead over each other search is larger than the spread of the seeds."
+            return told + f" Within two standard errors of the seeds it is level with {', '.join(level)}."
+        return told + " The lead over each other search is more than two standard errors of the seeds."
 
 
 def said(standing: Standing) -> str:
@@ -198,7 +198,7 @@ def as_csv(outcome: Outcome) -> str:
     return text.getvalue()
 
 
-def _spread(one: Standing, other: Standing) -> float:
+def _standard_error(one: Standing, other: Standing) -> float:
     """Standard error of the difference of two means."""
     variances = [(each.deviation or 0.0) ** 2 / len(each.best) for each in (one, other)]
     return float(sum(variances) ** 0.5)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autocompress.agents import ALONE, Workers
 from autocompress.core import Plan, Result
 from autocompress.core.errors import (
     CheckpointError,
@@ -41,7 +42,9 @@ from autocompress.training import Data, Samples, evaluate, from_datasets
 from autocompress.zoo import load_weights, read_safetensors
 
 
-def run_recipe(recipe: Recipe, *, out: Path | None = None, on_event: OnEvent = silent) -> Result:
+def run_recipe(
+    recipe: Recipe, *, out: Path | None = None, workers: Workers = ALONE, on_event: OnEvent = silent
+) -> Result:
     """Run a recipe that names its networks and data.
 
     Everything that can be checked is checked before the first file is written.
@@ -49,6 +52,7 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, on_event: OnEvent = s
     Args:
         recipe: what to do.
         out: folder of the run; ``runs/<name>`` with the next free number when absent.
+        workers: who scores batches of plans; changes no result.
         on_event: called while the run works.
 
     Raises:
@@ -59,10 +63,10 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, on_event: OnEvent = s
         prepared = prepare(recipe)
         path = out or RunDirectory.next_free(Path("runs"), recipe.name)
         with RunDirectory.create(path, recipe) as directory:
-            return _run(stages.Run(prepared, directory, on_event))
+            return _run(stages.Run(prepared, directory, on_event, workers))
 
 
-def resume(path: Path, *, on_event: OnEvent = silent) -> Result:
+def resume(path: Path, *, workers: Workers = ALONE, on_event: OnEvent = silent) -> Result:
     """Go on with a run that was stopped or killed; it ends as if it had not been.
 
     Raises:
@@ -76,7 +80,7 @@ def resume(path: Path, *, on_event: OnEvent = silent) -> Result:
                 "compress(model, data, recipe, run_dir=...)"
             )
         with recipe_threads(recipe):
-            return _run(stages.Run(prepare(recipe), directory, on_event))
+            return _run(stages.Run(prepare(recipe), directory, on_event, workers))
 
 
 def compress(
@@ -85,6 +89,7 @@ def compress(
     recipe: Recipe | Mapping[str, Any],
     *,
     run_dir: Path | str | None = None,
+    workers: Workers = ALONE,
     on_event: OnEvent = silent,
 ) -> Result:
     """Compress your own network on your own data.
@@ -97,6 +102,7 @@ def compress(
             taken as trained.
         run_dir: folder of the run; an existing one is resumed when it was started with an equal recipe,
             model and data. ``runs/<name>`` with the next free number when absent.
+        workers: who scores batches of plans; changes no result.
         on_event: called while the run works.
 
     Returns:
@@ -123,7 +129,7 @@ def compress(
             prepared = prepare_own({type(model).__name__: copy.deepcopy(model)}, data, recipe)
         path = Path(run_dir) if run_dir else RunDirectory.next_free(Path("runs"), recipe.name)
         with _create_or_open(path, recipe) as directory:
-            return _run(stages.Run(prepared, directory, on_event))
+            return _run(stages.Run(prepared, directory, on_event, workers))
 
 
 def load_compressed(model: nn.Module | None, run_dir: Path | str) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from autocompress.agents import evaluated_by
 from autocompress.core import Bits, Ledger, Plan, Problem, SearchResult, Trial
 from autocompress.pipeline.bit_score import BitScore, uniform_plan
 from autocompress.pipeline.problems import (
@@ -78,8 +79,8 @@ def search_plan(run: Run, stage: Stage, problem: Problem) -> Plan:
     results: dict[str, SearchResult] = {}
     seconds: dict[str, float] = {}
     problem.reachable()
-    with _ledger(run) as ledger:
-        recorded = ledger.in_front_of(problem)
+    with _ledger(run) as ledger, evaluated_by(problem, run.workers) as shared:
+        recorded = ledger.in_front_of(shared)
         for name, search in made_searches(settings).items():
             start = time.perf_counter()
             shown = Shown(run, f"{stage} {name}", recorded, settings.num_plans)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from autocompress.agents import ALONE, Workers
 from autocompress.core import Plan
 from autocompress.hardware_sim import MacsModel
 from autocompress.pipeline.bit_score import BitScore
@@ -31,12 +32,13 @@ from autocompress.training import EpochReport, TrainSettings, evaluate, fit
 class Run:
     """One run at work: what it was given, where it writes, what it has learnt so far by stage.
 
-    ``decided`` is what stage nas found.
+    ``workers`` score batches of plans; ``decided`` is what stage nas found.
     """
 
     prepared: Prepared
     directory: RunDirectory
     on_event: OnEvent
+    workers: Workers = ALONE
     training: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     trials: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
     found: dict[str, dict[str, Any]] = field(default_factory=dict)

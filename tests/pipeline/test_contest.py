@@ -77,10 +77,10 @@ def test_a_negative_best_score_has_a_goal_below_it() -> None:
     assert found.standings()[0].arrived == (2,)
 
 
-def test_the_verdict_says_when_the_spread_of_the_seeds_covers_the_lead() -> None:
+def test_the_verdict_says_when_the_lead_may_be_chance() -> None:
     clear = outcome(*(attempt("a", n, [0.9]) for n in range(3)), *(attempt("b", n, [0.5]) for n in range(3)))
     assert "a found the best plans: 0.9000 ± 0.0000 in the mean of 3 seeds; next is b" in clear.verdict()
-    assert "larger than the spread" in clear.verdict()
+    assert "more than two standard errors" in clear.verdict()
     level = outcome(
         attempt("a", 0, [0.9]), attempt("a", 1, [0.5]), *(attempt("b", n, [0.6]) for n in range(2))
     )

@@ -11,9 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 Edge = tuple[int, int]
+EDGES_PER_NODE = 2
+"""Of a DARTS cell."""
 _T = TypeVar("_T")
 
 
@@ -124,6 +128,49 @@ class Edges(nn.Module):
         return self.plan.run(
             dict(states), lambda edge, x: self.operations[edge_key(edge)](x), lambda a, b: a + b
         )
+
+
+def random_edges(
+    edges_into_nodes: Sequence[Sequence[str]], operations: Sequence[str], generator: np.random.Generator
+) -> dict[str, str]:
+    """A cell as DARTS has them: per node two edges and an operation on each, all drawn uniformly.
+
+    Args:
+        edges_into_nodes: per node, the decisions of the edges into it.
+        operations: of every decision; the first leaves the edge out.
+        generator: draws.
+    """
+    arch = {edge: operations[0] for edges in edges_into_nodes for edge in edges}
+    for edges in edges_into_nodes:
+        for source in generator.choice(len(edges), EDGES_PER_NODE, replace=False):
+            arch[edges[int(source)]] = operations[1 + int(generator.integers(len(operations) - 1))]
+    return arch
+
+
+def strongest_edges(
+    edges_into_nodes: Sequence[Sequence[str]],
+    operations: Sequence[str],
+    probabilities: Mapping[str, NDArray[np.float64]],
+    *,
+    none_counts: bool = False,
+) -> dict[str, str]:
+    """Per node the two edges with the likeliest operations, and these operations; the others are left out.
+
+    Liu, Simonyan, Yang, arXiv 1806.09055, section 2.4.
+
+    Args:
+        edges_into_nodes: per node, the decisions of the edges into it.
+        operations: of every decision; the first leaves the edge out.
+        probabilities: decision -> shape (operations,).
+        none_counts: whether leaving an edge out counts as an operation, also in ranking edges.
+    """
+    first = 0 if none_counts else 1
+    arch = {edge: operations[0] for edges in edges_into_nodes for edge in edges}
+    for edges in edges_into_nodes:
+        strongest = sorted(edges, key=lambda name: -float(np.max(probabilities[name][first:])))
+        for name in strongest[:EDGES_PER_NODE]:
+            arch[name] = operations[first + int(np.argmax(probabilities[name][first:]))]
+    return arch
 
 
 def decision_of(kind: str, edge: Edge) -> str:

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from autocompress.core.errors import RecipeError
 from autocompress.core.graph import LayerGraph
-from autocompress.nas.spaces.cells import CellPlan, Edge, Edges, Wiring, decision_of, edge_key
+from autocompress.nas.spaces.cells import (
+    CellPlan,
+    Edge,
+    Edges,
+    Wiring,
+    decision_of,
+    edge_key,
+    random_edges,
+    strongest_edges,
+)
 from autocompress.nas.spaces.operations import (
     CELL_OPERATIONS,
     FactorizedReduce,
@@ -33,7 +42,6 @@ _OPERATIONS = (
 )
 _WIRING = Wiring(num_inputs=2, num_nodes=4, concatenates=True)
 KINDS = ("normal", "reduce")
-EDGES_PER_NODE = 2
 _STEM_MULTIPLIER = 3
 
 
@@ -258,11 +266,7 @@ class Darts(Space):
 
     def random(self, generator: np.random.Generator) -> dict[str, str]:
         """A member of the paper's space: per node two edges and an operation on each, drawn uniformly."""
-        arch = dict.fromkeys(self.decisions, "none")
-        for edges in self.edges_into_nodes:
-            for source in generator.choice(len(edges), EDGES_PER_NODE, replace=False):
-                arch[edges[int(source)]] = _OPERATIONS[1 + int(generator.integers(len(_OPERATIONS) - 1))]
-        return arch
+        return random_edges(self.edges_into_nodes, _OPERATIONS, generator)
 
     def derive(self, probabilities: Mapping[str, NDArray[np.float64]]) -> dict[str, str]:
         """Per node the two edges with the likeliest operations other than ``none``, and these operations.
@@ -272,12 +276,7 @@ class Darts(Space):
         Args:
             probabilities: decision -> shape (operations,).
         """
-        arch = dict.fromkeys(self.decisions, "none")
-        for edges in self.edges_into_nodes:
-            strongest = sorted(edges, key=lambda name: -float(np.max(probabilities[name][1:])))
-            for name in strongest[:EDGES_PER_NODE]:
-                arch[name] = _OPERATIONS[1 + int(np.argmax(probabilities[name][1:]))]
-        return arch
+        return strongest_edges(self.edges_into_nodes, _OPERATIONS, probabilities)
 
 
 def _present(kind: str, arch: Arch) -> list[Edge]:

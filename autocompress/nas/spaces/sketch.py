@@ -102,8 +102,9 @@ class Sketch:
         kernel: int = 1,
         stride: int = 1,
         depthwise: bool = False,
+        bias: bool = False,
     ) -> Signal:
-        """A square convolution without bias, padded so that stride 1 keeps the size, of any dilation."""
+        """A square convolution, padded so that stride 1 keeps the size, of any dilation."""
         hw = (-(-x.hw[0] // stride), -(-x.hw[1] // stride))
         runs = x.runs if depthwise else (self._runs.new(channels),)
         self._layers.append(
@@ -117,6 +118,7 @@ class Sketch:
                 groups=channels if depthwise else 1,
                 in_hw=x.hw,
                 out_hw=hw,
+                bias=bias,
             )
         )
         self._sides[name, "in"], self._sides[name, "out"] = x.runs, runs

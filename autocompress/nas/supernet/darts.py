@@ -68,7 +68,7 @@ class DARTS:
             supernet.use_mixture()
             return step.loss(supernet(step.train[0]), step.train[1])
 
-        weights = list(supernet.parameters())
+        weights = [w for w in supernet.parameters() if w.requires_grad]
         group = step.weight_optimizer.param_groups[0]
         state = step.weight_optimizer.state
         gradients = unrolled_gradient(

@@ -14,6 +14,7 @@ from autocompress.core.errors import UnsupportedModelError
 from autocompress.nas.spaces import Arch, Place, Space
 from autocompress.nas.spaces.space import seeded
 from autocompress.nas.supernet.gates import Gate, Mixture
+from autocompress.nas.supernet.task import CLASSIFICATION, Task
 
 _ALPHA_STD = 1e-3
 
@@ -75,6 +76,7 @@ class Supernet(nn.Module):
         space: what is searched.
         seed: of the weights and of the architecture parameters, which start as N(0, 1e-6).
         affine: whether BatchNorm scales and shifts inside operations; DARTS and GDAS search without.
+        task: how the network's output becomes logits.
 
     Attributes:
         alphas: decision -> logits of its operations, shape (operations,), on the CPU; not among
@@ -82,9 +84,9 @@ class Supernet(nn.Module):
         reward_mean: running mean of rewards, for methods that learn from them.
     """
 
-    def __init__(self, space: Space, *, seed: int, affine: bool = True) -> None:
+    def __init__(self, space: Space, *, seed: int, affine: bool = True, task: Task = CLASSIFICATION) -> None:
         super().__init__()
-        self.space = space
+        self.space, self.task = space, task
         self._gates: dict[str, Gate] = {}
         self.network = seeded(lambda: space.assemble(self._mixed), seed)
         for module in self.network.modules():
@@ -117,9 +119,8 @@ class Supernet(nn.Module):
         return [module for module in self.network.modules() if isinstance(module, MixedOperation)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, num_classes) for images (N, C, H, W) under the present gates."""
-        out: Tensor = self.network(x)
-        return out
+        """The task's logits (N, answers) for its samples (N, C, H, W) under the present gates."""
+        return self.task.logits(self.network, x)
 
     def probabilities(self) -> dict[str, Tensor]:
         """Decision -> softmax of its logits, differentiable."""

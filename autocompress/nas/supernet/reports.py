@@ -70,6 +70,7 @@ class SearchEpoch:
         expected_cost: of the distribution after the epoch, in the metric's unit; None without a cost.
         lr: of the last step of the weights.
         seconds: wall time.
+        holdout_loss: mean loss on the hold-out after the epoch, in nats; None in the warm-up and without one.
     """
 
     epoch: int
@@ -82,3 +83,4 @@ class SearchEpoch:
     expected_cost: float | None
     lr: float
     seconds: float
+    holdout_loss: float | None = None
