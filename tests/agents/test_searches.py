@@ -129,12 +129,10 @@ def test_learned_searches_on_bits_start_from_planned_and_uniform_plans(name):
     assert {trial.source for trial in plain.trials} <= {"uniform", "jitter", "warm-up", "explore", "policy"}
 
 
-def test_learned_searches_refuse_channels_and_bits_in_one_problem():
+def test_learned_searches_refuse_knobs_whose_features_differ_in_number():
     channels, bits = two_layers(lambda plan: 0.5), bits_problem(0, num_layers=2)[0]
     mixed = replace(channels, knobs=(*channels.knobs, *bits.knobs))
-    with pytest.raises(
-        RecipeError, match="channels or bits, this problem has act_bits, channels, weight_bits"
-    ):
+    with pytest.raises(ValueError, match="every knob needs as many features as the others"):
         make_search("ddpg", {})(mixed, num_plans=5, seed=0)
 
 
