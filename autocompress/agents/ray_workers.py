@@ -44,7 +44,8 @@ def ray_workers(payload: bytes, *, address: str, most: int | None) -> Iterator[E
         at_once = most or max(int(ray.cluster_resources().get("CPU", 1)), 1)
         # Within a list, so that a worker fetches it once and not with every plan.
         stored, name = [ray.put(payload)], hashlib.sha256(payload).hexdigest()
-        task = ray.remote(num_cpus=1, max_retries=MOST_TRIES - 1)(_scored)
+        options = {"num_cpus": 1, "max_retries": MOST_TRIES - 1, "scheduling_strategy": "SPREAD"}
+        task = ray.remote(**options)(_scored)
         yield lambda plans: _in_order(plans, lambda plan: task.remote(name, stored, plan), at_once)
     finally:
         if ours:
@@ -84,4 +85,5 @@ def _scored(name: str, stored: list[Any], plan: Plan) -> tuple[float, float]:
 
         _LOADED.clear()
         _LOADED[name] = loaded(ray.get(stored[0]))
-    return tuple(timed(_LOADED[name], plan))
+    score, seconds = timed(_LOADED[name], plan)
+    return score, seconds

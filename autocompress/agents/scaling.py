@@ -2,49 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from autocompress.core import Knob, Problem, Value
+from autocompress.core.fitting import scaled_to_budget
 
-_NUM_HALVINGS = 24
-_MOST_CHOICES = 32  # bit-widths a knob can offer: as far as bits ever have to move
-
-
-def scaled_to_budget(problem: Problem, fractions: Sequence[float]) -> list[Value]:
-    """The choices at ``fractions``, moved up or down together until the budgets are spent.
-
-    Clipping knob by knob starves the knobs decided last. Channels are multiplied by a common factor. Bits are
-    moved by a common number of bits: rounding errors shrink fourfold with every bit, so when a budget grows,
-    the plan that loses least gains about the same number of bits everywhere. Where a problem has both, or
-    architectures, all choices are multiplied. Costs prices, not scores.
-
-    Args:
-        problem: with reachable budgets.
-        fractions: one number in (0, 1] per knob.
-
-    Raises:
-        InfeasibleBudgetError: no plan meets the budgets.
-    """
-    problem.reachable()
-    low, high = 0.0, max(2.0, 1 / max(min(fractions), 1e-6))
-    by_bits = all(knob.is_bits for knob in problem.knobs)
-
-    def at(level: float) -> list[Value]:
-        return [_moved(k, f, level, by_bits) for k, f in zip(problem.knobs, fractions, strict=True)]
-
-    if problem.feasible(at(high)):
-        return at(high)
-    for _ in range(_NUM_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if problem.feasible(at(middle)) else (low, middle)
-    return at(low)
-
-
-def _moved(knob: Knob, fraction: float, level: float, by_bits: bool) -> Value:
-    """The choice at ``fraction`` for level 1, the first for level 0, the last for high levels."""
-    if by_bits:
-        return knob.at(fraction + (level - 1) * _MOST_CHOICES / len(knob.choices))
-    return knob.at(level * fraction)
+__all__ = ["scaled_to_budget", "uniform_assignments"]
 
 
 def uniform_assignments(problem: Problem) -> list[list[Value]]:

@@ -8,7 +8,8 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from autocompress.agents.milp import BitPlanner, Proposal
+from autocompress.agents.baselines import Proposal
+from autocompress.agents.milp import BitPlanner
 from autocompress.agents.scaling import scaled_to_budget, uniform_assignments
 from autocompress.core import Problem, Value
 

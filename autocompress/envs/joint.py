@@ -12,7 +12,7 @@ from autocompress.core import Metric, Problem, Trial, Value
 from autocompress.core.fitting import fitted
 from autocompress.envs.layerwise import LayerwiseEnv, Vector
 
-JointEnforce = Literal["clip", "scale"]
+JointEnforce = Literal["scale", "clip"]
 _KINDS = ("arch", "channels", "weight_bits", "act_bits")
 _NUM_DYNAMIC = 5
 

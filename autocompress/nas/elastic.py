@@ -178,8 +178,8 @@ class ElasticSupernet(nn.Module):
         Raises:
             RecipeError, ValueError: as :meth:`use`.
         """
-        network = self.joint.build(Plan(plan.arch, plan.channels), seed=0)
         sources = self._tensors(self.paths_of(plan))
+        network = self.joint.build(Plan(plan.arch, plan.channels), seed=0)
         with torch.no_grad():
             for name, tensor in network.state_dict().items():
                 source = sources[name]

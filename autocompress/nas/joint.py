@@ -268,6 +268,7 @@ def joint_chain(
     *,
     kernels: tuple[int, ...] = (3, 5, 7),
     expansion: int = 6,
+    width: float = 1.0,
     round_to: int = 8,
     min_expand: float = 2.0,
     bits: tuple[int, ...] = (4, 6, 8),
@@ -279,13 +280,15 @@ def joint_chain(
         num_classes: number of outputs.
         kernels: odd, ascending.
         expansion: the widest.
+        width: multiplies the channels of the skeleton.
         round_to, min_expand: see :class:`JointSpace`.
         bits: choices of weights and of activations.
 
     Raises:
         RecipeError: images smaller than every layout, or settings out of range.
     """
-    space = replace(mbconv_chain(input_shape, num_classes), kernels=kernels, expansions=(expansion,))
+    fixed = mbconv_chain(input_shape, num_classes, width=width)
+    space = replace(fixed, kernels=kernels, expansions=(expansion,))
     return JointSpace(space, round_to, min_expand, bits, bits)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -65,7 +65,7 @@ class JointPricer:
             _Table(m, self._variants) if isinstance(m, LayerwiseModel) and m.additive else None
             for m in models
         ]
-        self._graph = lru_cache(_MOST_GRAPHS)(lambda arch: joint.space.graph(dict(arch)))
+        self._graphs: OrderedDict[tuple[tuple[str, str], ...], LayerGraph] = OrderedDict()
 
     @property
     def num_priced(self) -> int:
@@ -96,7 +96,12 @@ class JointPricer:
 
     def _graph_of(self, plan: Plan) -> LayerGraph:
         plan = self._joint.effective(plan)
-        graph = self._graph(tuple(sorted(plan.arch.items())))
+        key = tuple(sorted(plan.arch.items()))
+        if key not in self._graphs:
+            self._graphs[key] = self._joint.space.graph(plan.arch)
+            if len(self._graphs) > _MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+        graph = self._graphs[key]
         present = {layer.name for layer in graph.layers}
         reference = {n: bits for n, bits in self._joint.reference.bits.items() if n in present}
         return replace(plan, bits={**reference, **plan.bits}).apply(graph)

@@ -23,7 +23,7 @@ class JointProblem(Problem):
         effective: a plan of any choices -> the plan of equal effect.
     """
 
-    effective: Callable[[Plan], Plan] = field(default=lambda plan: plan, kw_only=True)
+    effective: Callable[[Plan], Plan] = field(kw_only=True)
 
     def plan(self, values: Sequence[Value]) -> Plan:
         """As :meth:`Problem.plan`, without what has no effect."""

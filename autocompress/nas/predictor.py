@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from autocompress.core import Knob, Plan
+from autocompress.core import Knob, Plan, Scored
 from autocompress.core.errors import DivergenceError, RecipeError
 from autocompress.nas.spaces.space import seeded
 
@@ -255,6 +255,10 @@ class AccuracyPredictor:
         with torch.inference_mode():
             standardised = self.network(*x).double().numpy()
         return np.asarray(self.mean + self.std * standardised)
+
+    def score_many(self, plans: Sequence[Plan]) -> list[Scored]:
+        """Predicted scores as a ``Problem.evaluate_many``."""
+        return [Scored(float(score), 0.0) for score in self.predict(plans)]
 
     def __call__(self, plan: Plan) -> float:
         """The predicted score of one plan."""

@@ -6,6 +6,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from types import MappingProxyType
 
 import numpy as np
@@ -37,6 +38,10 @@ class Space(ABC):
     name: str
     input_shape: tuple[int, int, int]
     num_classes: int
+
+    def __getstate__(self) -> dict[str, object]:
+        """The fields alone: what was derived from them holds views that cannot be pickled."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
     @property
     @abstractmethod
