@@ -337,8 +337,9 @@ def check_joint(search: SearchSettings, stages: Sequence[str]) -> None:
 class BitSearchSettings(SearchSettings):
     """Who looks for bits, and for how long.
 
-    ``milp`` by default: on ResNet-20 its plans kept, in the mean of three seeds, more accuracy than uniform
-    bits of equal cost, on BISMO and on BitFusion (benchmarks/resnet20_bits.py).
+    ``milp`` by default: on ResNet-20, in the mean of three seeds, its plans kept more accuracy than uniform
+    bits of equal cost on BISMO and FINN, with half of the evaluations of DDPG; on BitFusion no search did
+    (benchmarks/resnet20_bits.py).
     """
 
     algorithm: Algorithm = "milp"
