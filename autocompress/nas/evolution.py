@@ -160,9 +160,12 @@ class _Run:
         raise NotImplementedError
 
     def new(self, draw: Callable[[], Values]) -> Values:
-        """A drawn assignment, new and within the budgets; after many tries a random one."""
+        """A drawn assignment, new and within the budgets; after many tries a random one, in the end moved in.
+
+        Where nothing new is left, one that is not new.
+        """
         values: Values = ()
-        for draws, again in ((_TRIES, draw), (_MOVED_TRIES, self._moved), (_TRIES, self.random)):
+        for draws, again in ((_TRIES, draw), (_TRIES, self.random), (_MOVED_TRIES, self._moved)):
             for _ in range(draws):
                 values = again()
                 if self._is_new(values):

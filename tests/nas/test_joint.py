@@ -12,7 +12,14 @@ from joint_problems import at_bits, few_knobs, made_up_problem, tiny_space, wish
 from autocompress.core import Bits, Budget, Plan
 from autocompress.core.errors import InfeasibleBudgetError, RecipeError
 from autocompress.hardware_sim import MacsModel, load_target
-from autocompress.nas import ElitistEvolution, JointPricer, JointSpace, joint_chain, joint_problem
+from autocompress.nas import (
+    ElitistEvolution,
+    JointPricer,
+    JointSpace,
+    RegularizedEvolution,
+    joint_chain,
+    joint_problem,
+)
 from autocompress.nas.joint import FEATURES
 from autocompress.nas.spaces import mbconv_chain
 from autocompress.trace import keep_first, shrink, trace
@@ -227,3 +234,14 @@ def test_evolution_finds_the_best_of_all_plans_of_three_blocks(seed: int) -> Non
     assert result.best.score == scores[-1]
     assert {trial.source for trial in result.trials} == {"random", "mutation", "crossover"}
     assert len({trial.plan for trial in result.trials}) == 110
+
+
+@pytest.mark.parametrize("search", [ElitistEvolution(population=6), RegularizedEvolution(6, 2)])
+def test_evolution_goes_through_all_of_a_small_space_and_never_leaves_the_budget(search: Any) -> None:
+    budget, score = Budget("latency_ms", 0.7), made_up_problem(None).evaluate
+    problem = joint_problem(JOINT, load_target("bitfusion"), [budget], evaluate=score, decide=("arch",))
+    plans = {problem.plan(values) for values in itertools.product(*(k.choices for k in problem.knobs))}
+    inside = {plan for plan in plans if problem.meets_budgets(problem.price(plan))}
+    assert 1 < len(inside) < len(plans)
+    trials = search(problem, num_plans=2 * len(plans), seed=0).trials
+    assert {trial.plan for trial in trials} == inside

@@ -341,7 +341,9 @@ recipes = st.fixed_dictionaries(
         "search": st.fixed_dictionaries(
             {},
             optional={
-                "algorithm": st.sampled_from([name for name in get_args(Algorithm) if name != "milp"]),
+                "algorithm": st.sampled_from(
+                    [name for name in get_args(Algorithm) if name not in ("milp", "predictor")]
+                ),
                 "settings": st.dictionaries(text, scalars | st.lists(scalars), max_size=4),
             },
         ),
