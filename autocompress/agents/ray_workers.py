@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import Any
 from autocompress.agents.workers import MOST_TRIES, brought_down, loaded, timed
 from autocompress.core import EvaluateMany, Plan, Scored
 from autocompress.core.errors import WorkerError
+
+_PATIENCE = 10.0  # seconds for a cluster to answer
 
 
 @contextmanager
@@ -31,6 +34,7 @@ def ray_workers(payload: bytes, *, address: str, most: int | None) -> Iterator[E
         raise WorkerError("--ray-address needs the extra ray: pip install 'autocompress[ray]'") from fault
     ours = not ray.is_initialized()
     if ours:
+        _check_reachable(address)
         try:
             ray.init(
                 address=None if address == "local" else address,
@@ -38,7 +42,7 @@ def ray_workers(payload: bytes, *, address: str, most: int | None) -> Iterator[E
                 logging_level="ERROR",
                 include_dashboard=False if address == "local" else None,
             )
-        except (ConnectionError, RuntimeError, ValueError) as fault:
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as fault:
             raise WorkerError(f"no Ray cluster at {address!r}: {fault}") from fault
     try:
         at_once = most or max(int(ray.cluster_resources().get("CPU", 1)), 1)
@@ -50,6 +54,17 @@ def ray_workers(payload: bytes, *, address: str, most: int | None) -> Iterator[E
     finally:
         if ours:
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse a host and port where nobody listens; Ray itself would wait for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+    except OSError as fault:
+        raise WorkerError(f"no Ray cluster at {address!r}: {fault}") from fault
 
 
 def _in_order(plans: Sequence[Plan], submit: Any, at_once: int) -> Iterator[Scored]:
