@@ -174,10 +174,18 @@ def _refittable(model: nn.Module, traced: Trace) -> list[str]:
     """Layers with prunable inputs that can be refitted; says which cannot."""
     names: list[str] = []
     too_wide: list[str] = []
+    running = {
+        layer.name for layer in traced.graph.layers
+    }  # others run in training only and have no Gram matrix
     for slot in traced.slots:
         module = model.get_submodule(slot.module)
         open_groups = [traced.graph.groups[i].locked is None for i in np.unique(slot.group) if i >= 0]
-        if slot.side != "in" or not any(open_groups) or getattr(module, "groups", 1) != 1:
+        if (
+            slot.side != "in"
+            or slot.module not in running
+            or not any(open_groups)
+            or getattr(module, "groups", 1) != 1
+        ):
             continue
         if not isinstance(module, (nn.Conv2d, nn.Linear)):
             continue

@@ -79,8 +79,8 @@ def trace(model: nn.Module, input_shape: Sequence[int]) -> Trace:
     inside, found = attempt(True)
     outside = attempt(False)[0] if found.splits else None
     best = _verified(model, inside)
-    if outside is not None and _num_prunable(outside) > _num_prunable(best):
-        best = max(best, _verified(model, outside), key=_num_prunable)
+    if outside is not None and _num_prunable(outside) > _num_prunable(best) and Check(model, outside).holds():
+        return outside
     return best
 
 

@@ -36,6 +36,10 @@ class Check:
         shape = traced.graph.input_shape
         self._example = torch.randn(2, *shape, generator=_generator(), dtype=torch.float64)
 
+    def holds(self) -> bool:
+        """Whether all groups can be pruned together."""
+        return self._fault(self._parts) is None
+
     def faults(self) -> dict[str, str]:
         """Groups that cannot be pruned after all, and why; what remains holds when taken together."""
         faults: dict[str, str] = {}

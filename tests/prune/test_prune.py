@@ -134,6 +134,24 @@ def test_a_layer_that_only_ever_reads_zeros_is_left_as_it_is() -> None:
     torch.testing.assert_close(small[1].weight, net[1].weight[:, :2])
 
 
+def test_layers_that_run_in_training_only_are_left_as_they_are() -> None:
+    class WithAuxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head, self.auxiliary = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.body(x).relu()
+            return self.head(x) + (self.auxiliary(x) if self.training else 0)
+
+    net = seeded(WithAuxiliary)
+    traced, kept = trace(net, (3,)), {"body": np.array([0, 2])}
+    small = shrink(net, traced, kept)
+    x = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
+    Reconstruction(net, traced, [x], num_images=len(x)).apply(small, kept)
+    torch.testing.assert_close(small.auxiliary.weight, net.auxiliary.weight[:, [0, 2]])
+
+
 def test_reconstruction_is_the_closed_form_for_gaussian_inputs() -> None:
     """W' = W S[:, K] S[K, K]^-1 with S the second moments of the inputs (AMC's least squares)."""
     generator = torch.Generator().manual_seed(0)
