@@ -6,7 +6,7 @@ from autocompress.core.graph import Bits, ChannelGroup, LayerGraph, LayerSpec, W
 from autocompress.core.ledger import Entry, Ledger
 from autocompress.core.plan import Plan
 from autocompress.core.problem import EvaluateMany, Knob, Problem, Scored, Value
-from autocompress.core.result import Result, Search, SearchResult, Trial, TrialCallback
+from autocompress.core.result import Result, Search, SearchResult, Trial, TrialCallback, finalists
 
 __all__ = [
     "METRICS",
@@ -32,4 +32,5 @@ __all__ = [
     "TrialCallback",
     "Value",
     "Width",
+    "finalists",
 ]

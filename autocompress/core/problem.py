@@ -8,7 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -107,6 +107,8 @@ class Problem:
             loss: one array of shape (choices,) per knob, 0 at the last choice. None when nothing is known.
         evaluate_many: scores several plans at once, as ``evaluate`` would one by one, which is what None
             stands for. :func:`autocompress.agents.evaluated_by` makes one of worker processes.
+        evaluate_fully: scores a plan by all there is to score it by, where ``evaluate`` takes a part of it;
+            None where that takes all.
 
     Raises:
         ValueError: no knobs, two knobs for one decision, or a budget that is still relative.
@@ -120,6 +122,7 @@ class Problem:
     base: Plan = field(default_factory=Plan)
     sensitivities: Callable[[], Sequence[NDArray[np.float64]]] | None = None
     evaluate_many: EvaluateMany | None = None
+    evaluate_fully: Callable[[Plan], float] | None = None
 
     def __post_init__(self) -> None:
         if not self.knobs:
@@ -298,6 +301,21 @@ class Problem:
         if not self.meets_budgets(cost):
             raise ValueError(f"plan {plan.digest} is over budget: {dict(cost.totals)}")
         return plan, cost
+
+    def finals(self) -> Problem | None:
+        """The same problem with every plan scored fully, or None where it is already.
+
+        The best of many noisy scores is partly luck: what a search found best is worth another look.
+        """
+        if self.evaluate_fully is None:
+            return None
+        return replace(
+            self,
+            evaluate=self.evaluate_fully,
+            evaluate_fully=None,
+            evaluate_many=None,
+            identity=f"{self.identity} fully",
+        )
 
     @cached_property
     def digest(self) -> str:

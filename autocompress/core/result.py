@@ -65,6 +65,20 @@ def _is_no_worse(one: Trial, other: Trial, metrics: Sequence[Metric]) -> bool:
     return one.score >= other.score and all(one.cost[m] <= other.cost[m] for m in metrics)
 
 
+def finalists(results: Sequence[SearchResult], count: int) -> tuple[Trial, ...]:
+    """The ``count`` best trials of some searches, and the best of each search; every plan once."""
+    ranked = sorted((trial for result in results for trial in result.trials), key=lambda t: -t.score)
+    chosen = _each_plan_once(ranked)[:count]
+    return tuple(_each_plan_once([*chosen, *(result.best for result in results)]))
+
+
+def _each_plan_once(trials: Sequence[Trial]) -> list[Trial]:
+    first: dict[Plan, Trial] = {}
+    for trial in trials:
+        first.setdefault(trial.plan, trial)
+    return list(first.values())
+
+
 TrialCallback = Callable[[Trial], None]
 
 

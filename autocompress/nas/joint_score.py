@@ -92,7 +92,7 @@ class JointScore:
         parts = torch.tensor_split(images.to(device), math.ceil(number / _BATCH))
         self.calibration_images: list[Tensor] = list(parts)
         self.num_evaluated = 0
-        self._scores: dict[str, float] = {}
+        self._scores: dict[tuple[str, bool], float] = {}
         self._tables: OrderedDict[str, QuantTables] = OrderedDict()
         self.identity = self._digest()
 
@@ -145,18 +145,25 @@ class JointScore:
         plan = self.supernet.joint.effective(plan)
         return self.tables(plan).network(plan) if plan.bits else self.member(plan)
 
-    def __call__(self, plan: Plan) -> float:
-        """The score in [0, 1].
+    @property
+    def is_partial(self) -> bool:
+        """Whether plans are scored on a part of the search split."""
+        limit = self.settings.score_images
+        return limit is not None and limit < len(self._search)
+
+    def __call__(self, plan: Plan, *, fully: bool = False) -> float:
+        """The score in [0, 1] on the search split, on all of it if ``fully``.
 
         Raises:
             RecipeError: the plan's architecture is not a member.
             ValueError: the plan names what its member lacks, or a number out of range.
         """
         plan = self.supernet.joint.effective(plan)
-        if plan.digest not in self._scores:
-            limit = self.settings.score_images
+        key = plan.digest, fully and self.is_partial
+        if key not in self._scores:
+            limit = None if fully else self.settings.score_images
             scores = evaluate(self.network(plan), self._search, batch_size=_BATCH, limit=limit)
             likelihood = self.settings.score == "likelihood"
-            self._scores[plan.digest] = math.exp(-scores.loss) if likelihood else scores.accuracy
+            self._scores[key] = math.exp(-scores.loss) if likelihood else scores.accuracy
             self.num_evaluated += 1
-        return self._scores[plan.digest]
+        return self._scores[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from autocompress.core import Bits, Budget, Knob, LayerGraph, Plan, Problem
 from autocompress.core.errors import RecipeError
 from autocompress.pipeline.costs import Costs
-from autocompress.pipeline.quick_score import calibration_batches, data_digest
+from autocompress.pipeline.quick_score import calibration_batches, data_digest, takes_part, unscored
 from autocompress.pipeline.recipe_sections import QuantiseSettings
 from autocompress.quant import Calibration, QuantSettings, QuantTables, Skeleton
 from autocompress.quant.kmeans import CodebookTables
@@ -71,13 +72,18 @@ class BitScore:
         )
         return QuantTables(skeleton, calibration)
 
-    def __call__(self, plan: Plan) -> float:
-        """The score in [0, 1] on the search split; see ``QuantiseSettings.score``."""
+    @property
+    def is_partial(self) -> bool:
+        """Whether plans are scored on a part of the search split."""
+        return takes_part(self._settings.score_images, self._data)
+
+    def __call__(self, plan: Plan, *, fully: bool = False) -> float:
+        """``QuantiseSettings.score`` in [0, 1] on the search split, on all of it if ``fully``."""
         scores = evaluate(
             self.tables.network(plan),
             self._data.search,
             batch_size=SCORE_BATCH,
-            limit=self._settings.score_images,
+            limit=None if fully else self._settings.score_images,
         )
         return scores.accuracy if self._settings.score == "accuracy" else math.exp(-scores.loss)
 
@@ -142,15 +148,12 @@ def bit_problem(
         raise RecipeError("quantise: every layer is kept or pinned, so there is nothing to decide")
     base = Plan(channels=channels, bits=reference_bits(small, **_choices(settings)))
 
-    def evaluate_plan(plan: Plan) -> float:
-        assert score is not None
-        return score(plan)
-
     return Problem(
         knobs=knobs,
         budgets=costs.resolve(budgets),
         price=costs.tabulated(knobs, base),
-        evaluate=evaluate_plan,
+        evaluate=score or unscored,
+        evaluate_fully=partial(score, fully=True) if score and score.is_partial else None,
         identity=f"bits {score.identity if score else ''} {costs.identity}",
         base=base,
         sensitivities=score.sensitivities(knobs, base) if score else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ def search_jointly(run: Run, architectures: JointArchitectures) -> tuple[Candida
         problem = replace(
             architectures.problem,
             evaluate=score,
+            evaluate_fully=partial(score, fully=True) if score.is_partial else None,
             identity=f"joint {score.identity} {architectures.largest.costs.identity}",
         )
         plan = search_plan(run, "nas", problem)

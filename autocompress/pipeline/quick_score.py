@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,11 @@ class QuickScore:
             count = sum(len(x) for x in self._images)
             self._reconstruction = Reconstruction(model, traced, self._images, num_images=count, seed=seed)
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether plans are scored on a part of the search split."""
+        return takes_part(self._settings.score_images, self._data)
+
     def build(self, plan: Plan) -> nn.Module:
         """The pruned and repaired copy a plan makes; deterministic."""
         small = compress_channels(
@@ -67,12 +73,12 @@ class QuickScore:
             recalibrate_batchnorm(small, self._images[: self._settings.recalibrate_batches])
         return small
 
-    def __call__(self, plan: Plan) -> float:
-        """Accuracy in [0, 1] on the search split."""
+    def __call__(self, plan: Plan, *, fully: bool = False) -> float:
+        """Accuracy in [0, 1] on the search split, on all of it if ``fully``."""
         return evaluate(
             self.build(plan),
             self._data.search,
-            limit=self._settings.score_images,
+            limit=None if fully else self._settings.score_images,
             dtype=torch.bfloat16 if self._settings.mixed_precision else torch.float32,
         ).accuracy
 
@@ -111,18 +117,29 @@ def channel_problem(
         reasons = "; ".join(f"{g.name}: {g.locked}" for g in traced.graph.groups if g.locked)
         raise RecipeError(f"nothing in this network can be pruned ({reasons or 'every layer is kept'})")
 
-    def evaluate_plan(plan: Plan) -> float:
-        assert score is not None
-        return score(plan)
-
     return Problem(
         knobs=knobs,
         budgets=(),
         price=costs.tabulated(knobs),
-        evaluate=evaluate_plan,
+        evaluate=score or unscored,
+        evaluate_fully=partial(score, fully=True) if score and score.is_partial else None,
         identity=f"{weights_digest(model)} {score.data_digest if score else ''} {settings.model_dump_json()} "
         + costs.identity,
     )
+
+
+def takes_part(score_images: int | None, data: Data) -> bool:
+    """Whether so many images are fewer than the search split has."""
+    return score_images is not None and score_images < len(data.search)
+
+
+def unscored(plan: Plan) -> float:
+    """In place of a score where a problem is only priced.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"plan {plan.digest} can be priced but not scored: no score was given")
 
 
 def calibration_batches(data: Data, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

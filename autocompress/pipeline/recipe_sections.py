@@ -285,6 +285,9 @@ class SearchSettings(Section):
         num_plans: plans it may score; each baseline may score as many.
         settings: options of the algorithm itself.
         baselines: searches run beside it for comparison; the algorithm itself is left out.
+        finalists: where plans are scored on a part of the search split, so many of the best plans, and the
+            best of each search, are scored once more on all of it before one is taken; 0 for none. The best
+            of many scores on few images is partly luck.
     """
 
     knobs: Annotated[tuple[Literal["arch", "channels", "bits"], ...], Strict(False)] = ("channels",)
@@ -294,6 +297,7 @@ class SearchSettings(Section):
     baselines: Annotated[tuple[Algorithm, ...], Strict(False)] = Field(
         default=("uniform", "random"), validate_default=True
     )
+    finalists: int = Field(default=5, ge=0)
 
     @field_validator("baselines")
     @classmethod

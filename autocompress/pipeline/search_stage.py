@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from autocompress.agents import evaluated_by
-from autocompress.core import Bits, Ledger, Plan, Problem, SearchResult, Trial
+from autocompress.core import Bits, Ledger, Plan, Problem, SearchResult, Trial, finalists
 from autocompress.pipeline.bit_score import BitScore, uniform_plan
 from autocompress.pipeline.problems import (
     Candidate,
@@ -73,6 +73,8 @@ def calibrated(run: Run, model: nn.Module) -> BitScore:
 def search_plan(run: Run, stage: Stage, problem: Problem) -> Plan:
     """Run the stage's search, and its baselines with as many plans; the best plan of all is taken.
 
+    Where plans were scored on a part of the search split, the best are scored on all of it first.
+
     Every evaluated plan is in the ledger before the next begins, so a repeated call fast-forwards.
     """
     settings = searches_of(run.prepared.recipe)[stage]
@@ -93,6 +95,10 @@ def search_plan(run: Run, stage: Stage, problem: Problem) -> Plan:
             run.directory.write_json("trials.json", run.trials)
     winner = max(results, key=lambda name: (results[name].best.score, name == settings.algorithm))
     best = results[winner].best
+    finals = _finals(run, stage, problem, list(results.values()), settings.finalists)
+    if finals:
+        best = max(finals, key=lambda trial: trial.score)
+        winner = next(n for n, r in results.items() if any(t.plan == best.plan for t in r.trials))
     run.directory.write("plan.json", best.plan.to_json() + "\n")
     run.found[stage] = {
         "algorithm": settings.algorithm,
@@ -102,8 +108,28 @@ def search_plan(run: Run, stage: Stage, problem: Problem) -> Plan:
         "seconds": seconds[settings.algorithm],
         "baselines": {n: r.best.score for n, r in results.items() if n != settings.algorithm},
         "budgets": {budget.metric: budget.limit for budget in problem.budgets},
+        "finals": trials_of(finals),
     }
     return best.plan
+
+
+def _finals(
+    run: Run, stage: Stage, problem: Problem, results: Sequence[SearchResult], count: int
+) -> list[Trial]:
+    """The best trials, scored on the whole search split; empty where they were already or none is wanted."""
+    full = problem.finals()
+    if full is None or count == 0:
+        return []
+    chosen = finalists(results, count)
+    label = f"{stage} finals"
+    run.on_event(Event(label, 0, len(chosen)))
+    scored: list[Trial] = []
+    with _ledger(run) as ledger, evaluated_by(full, run.workers) as shared:
+        scores = ledger.in_front_of(shared).score_many([trial.plan for trial in chosen])
+        for index, (trial, (score, seconds)) in enumerate(zip(chosen, scores, strict=True)):
+            scored.append(replace(trial, score=score, seconds=seconds, index=index))
+            run.on_event(Event(label, index + 1, len(chosen), {"score": f"{score:.2%}"}))
+    return scored
 
 
 def _ledger(run: Run) -> Ledger:

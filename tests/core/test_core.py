@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from autocompress.core import (
     SearchResult,
     Trial,
     Width,
+    finalists,
 )
 from autocompress.core.errors import InfeasibleBudgetError, RunDirectoryError
 from autocompress.hardware_sim import MacsModel
@@ -214,6 +216,27 @@ def test_the_pareto_front_holds_what_nothing_beats() -> None:
     result = SearchResult(trials)
     assert [t.index for t in result.pareto("macs")] == [0, 2]
     assert result.best.index == 2
+
+
+def test_finalists_are_the_best_plans_once_each_and_the_best_of_every_search() -> None:
+    def searched(*scores: float) -> SearchResult:
+        return SearchResult(tuple(Trial(Plan(channels={"a": int(100 * s)}), s, Cost({}), 0) for s in scores))
+
+    results = [searched(0.9, 0.2, 0.8, 0.9), searched(0.1, 0.3), searched(0.8)]
+    assert [t.score for t in finalists(results, 1)] == [0.9, 0.3, 0.8]
+    assert [t.score for t in finalists(results, 3)] == [0.9, 0.8, 0.3]
+    assert [t.score for t in finalists(results, 0)] == [0.9, 0.3, 0.8]
+
+
+def test_a_problem_scored_in_part_has_finals_that_ledgers_keep_apart() -> None:
+    whole = problem(1.0)
+    part = replace(whole, evaluate=lambda plan: 0.25, evaluate_fully=whole.evaluate)
+    plan = whole.plan([whole.knobs[0].choices[0]])
+    finals = part.finals()
+    assert finals is not None
+    assert finals.evaluate(plan) == whole.evaluate(plan) != part.evaluate(plan)
+    assert finals.digest != part.digest == whole.digest
+    assert finals.finals() is None is whole.finals()
 
 
 def test_results_survive_json() -> None:

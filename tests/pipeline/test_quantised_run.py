@@ -70,6 +70,25 @@ def test_the_network_left_behind_is_the_one_that_was_measured_and_meets_the_budg
     assert {path.name for path in straight.iterdir()} >= FILES
 
 
+def test_the_plans_taken_are_the_best_of_the_finalists_on_the_whole_search_split(straight: Path) -> None:
+    result = json.loads((straight / "result.json").read_text())
+    trials = json.loads((straight / "trials.json").read_text())
+    taken = json.loads((straight / "plan.json").read_text())
+    for stage, decided in (("prune", "channels"), ("quantise", "bits")):
+        finals = result["search"][stage]["finals"]
+        assert max(finals, key=lambda trial: trial["score"])["plan"][decided] == taken[decided]
+        assert {t["plan"]["channels"] != {} for t in finals} == {True}
+        best = {max(found, key=lambda t: t["score"])["score"] for found in trials[stage].values()}
+        quick = {json.dumps(t["plan"]): t["score"] for found in trials[stage].values() for t in found}
+        assert best <= {quick[json.dumps(t["plan"])] for t in finals}
+        whole = len(load_data("digits").search)
+        assert (
+            all(abs(t["score"] * whole - round(t["score"] * whole)) < 1e-6 for t in finals)
+            or stage == "quantise"
+        )
+    assert len(load_data("digits").search) > 100  # the images of a quick score
+
+
 def test_the_onnx_file_runs_on_integers_and_agrees(straight: Path) -> None:
     result = json.loads((straight / "result.json").read_text())
     export = result["export"]
