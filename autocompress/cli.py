@@ -22,7 +22,7 @@ from autocompress.core.errors import AutocompressError
 
 if TYPE_CHECKING:
     from autocompress.core import Metric, Problem, Result
-    from autocompress.pipeline import Architectures, Candidate, Event, Outcome, Prepared
+    from autocompress.pipeline import Architectures, Candidate, Event, Outcome, Prepared, SeriesResult
 
 app = typer.Typer(
     add_completion=False,
@@ -78,6 +78,7 @@ class Format(StrEnum):
 @app.command(
     epilog="Examples: [bold]autocompress run recipes/digits.yaml[/] · "
     "[bold]autocompress run digits --set search.num_plans=50 --set seed=1[/] · "
+    "[bold]autocompress run my.yaml --set 'budgets={macs: [0.75, 0.5, 0.25]}'[/] · "
     "[bold]autocompress run --resume runs/digits[/]"
 )
 def run(  # noqa: PLR0917
@@ -90,22 +91,31 @@ def run(  # noqa: PLR0917
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder of the run [runs/NAME].")] = None,
 ) -> None:
-    """Run a recipe: find a network, train, prune, fine-tune, quantise, export, report."""
+    """Run a recipe: find a network, train, prune, fine-tune, quantise, export, report.
+
+    A budget with several limits makes one compressed network for each, from one training.
+    """
     from autocompress import pipeline
     from autocompress.agents import Workers
 
     crew = Workers(workers, ray_address)
     with _progress() as on_event:
+        result: Result | SeriesResult
         if resume is not None:
             if recipe is not None or overrides or out_dir is not None:
                 raise typer.BadParameter("--resume takes its recipe from the run; give nothing else with it")
-            result = pipeline.resume(resume, workers=crew, on_event=on_event)
+            go_on = pipeline.resume_series if pipeline.is_series(resume) else pipeline.resume
+            result = go_on(resume, workers=crew, on_event=on_event)
         elif recipe is None:
             raise typer.BadParameter("name a recipe, or a run to --resume")
         else:
             loaded = pipeline.Recipe.load(recipe, overrides or ())
-            result = pipeline.run_recipe(loaded, out=out_dir, workers=crew, on_event=on_event)
-    _show_result(result)
+            start = pipeline.run_series if loaded.is_series else pipeline.run_recipe
+            result = start(loaded, out=out_dir, workers=crew, on_event=on_event)
+    if isinstance(result, pipeline.SeriesResult):
+        _show_series(result)
+    else:
+        _show_result(result)
 
 
 @app.command(
@@ -365,6 +375,17 @@ def _show_result(result: Result) -> None:
         out.print(f"report: {escape(str(result.run_dir / 'report.html'))}", soft_wrap=True)
 
 
+def _show_series(series: SeriesResult) -> None:
+    from autocompress.pipeline.comparison import shortfalls
+    from autocompress.pipeline.series import REPORT
+
+    _show_rows(f"{series.name}: a network for each limit on {series.metric}", *series.table())
+    for result in series.results:
+        for shortfall in shortfalls(result):
+            err.print(f"[yellow]warning:[/] {escape(result.name)}: {escape(shortfall)}", soft_wrap=True)
+    out.print(f"report: {escape(str(series.folder / REPORT))}", soft_wrap=True)
+
+
 def _show_contest(outcome: Outcome) -> None:
     from autocompress.pipeline.contest_outcome import table
     from autocompress.pipeline.contest_report import CURVES, REPORT, TRIALS
@@ -424,6 +445,9 @@ def _show_candidate(prepared: Prepared, candidate: Candidate) -> None:
     for stage, problem in problems_of(candidate, prepared.recipe).items():
         (_show_channels if stage == "prune" else _show_bits)(candidate, problem)
         _show_reach(candidate, stage, problem)
+    for member in prepared.recipe.members()[1:]:
+        for stage, problem in problems_of(candidate, member).items():
+            _show_budgets(candidate, stage, problem)
     for note in candidate.traced.graph.uncounted:
         out.print(f"[yellow]not counted:[/] {escape(note)}")
     times = estimate(prepared, candidate)
@@ -475,6 +499,11 @@ def _show_reach(candidate: Candidate, stage: str, problem: Problem) -> None:
         low, high = number(smallest[metric]), number(largest[metric])
         text = f"stage {stage}: {metric}{where}: from {low} ({share:.1%}) to {high}"
         out.print(text, highlight=False, soft_wrap=True)
+    _show_budgets(candidate, stage, problem)
+
+
+def _show_budgets(candidate: Candidate, stage: str, problem: Problem) -> None:
+    problem.reachable()
     for budget in problem.budgets:
         share = budget.limit / candidate.costs.original.totals.get(budget.metric, math.nan)
         of = f" ({share:.1%} of the original)" if math.isfinite(share) else ""

@@ -10,6 +10,7 @@ from autocompress.pipeline.progress import Event, OnEvent
 from autocompress.pipeline.recipe import Recipe, bundled_recipes, find_recipe
 from autocompress.pipeline.report import write_report
 from autocompress.pipeline.run import compress, load_compressed, recipe_threads, resume, run_recipe
+from autocompress.pipeline.series import SeriesResult, is_series, resume_series, run_series
 
 __all__ = [
     "Architectures",
@@ -21,18 +22,22 @@ __all__ = [
     "Outcome",
     "Prepared",
     "Recipe",
+    "SeriesResult",
     "bundled_recipes",
     "compress",
     "contest_of",
     "estimate",
     "find_recipe",
+    "is_series",
     "load_compressed",
     "prepare",
     "problems_of",
     "recipe_threads",
     "resume",
     "resume_contest",
+    "resume_series",
     "run_contest",
     "run_recipe",
+    "run_series",
     "write_report",
 ]

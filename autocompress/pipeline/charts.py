@@ -193,6 +193,24 @@ def chain_figure(result: Result) -> Figure | None:
     return Figure(xy_chart(series, x=x, y=y, rule=Rule(1.0, "budget")), legend)
 
 
+def series_figure(results: Sequence[Result], metric: Metric) -> Figure:
+    """Test accuracy against what budgets are on, of networks for several limits and of their original."""
+    original = results[0].predicted["original"][metric]
+    points = tuple((r.predicted["after"][metric] / original, r.after["accuracy"]) for r in results)
+    titles = tuple(f"{r.name}: test accuracy {percent(r.after['accuracy'], 4)}" for r in results)
+    start = (1.0, results[0].before["accuracy"])
+    series = [
+        Series("compressed", tuple(sorted(points)), 0, "line"),
+        Series("", points, 0, "dots", titles),
+        Series("original", (start,), 1, "ring"),
+    ]
+    x = Axis.over(
+        f"{metric_name(metric)} (share of the original)", [0.0, 1.0, *(a for a, _ in points)], share=True
+    )
+    y = Axis.over("test accuracy", [start[1], *(b for _, b in points)], share=True)
+    return Figure(xy_chart(series, x=x, y=y), (("c0", "line", "compressed"), ("c1", "ring", "original")))
+
+
 def supernet_figures(found: FoundArchitecture) -> tuple[Figure, Figure] | None:
     """Loss of the supernet, and the expected cost over the first budget, by epochs."""
     if not found.epochs:

@@ -84,6 +84,10 @@ def contest_of(
     if stage is not None and stage not in there:
         raise RecipeError(f"{recipe.name} has no searching stage {stage!r}; it has {', '.join(there)}")
     chosen: Stage = next(one for one in there if stage in (None, one))
+    if recipe.is_series:
+        raise RecipeError(
+            f"searches are compared within one limit; {recipe.name} has several: --set budgets=..."
+        )
     own = searches_of(recipe)[chosen]
     names = tuple(dict.fromkeys(searches or (own.algorithm, *own.baselines)))
     faults = [f"no search named {n!r}{did_you_mean(n, SEARCHES)}" for n in names if n not in SEARCHES]

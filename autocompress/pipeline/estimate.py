@@ -52,6 +52,7 @@ class Estimate:
 def estimate(prepared: Prepared, candidate: Candidate) -> Estimate:
     """Time one evaluation per search and a few training steps, and scale them up.
 
+    The networks of a series share their training, and all else comes once for each.
     What follows pruning is timed on the network before pruning, so it is rather too long.
 
     Args:
@@ -74,7 +75,9 @@ def estimate(prepared: Prepared, candidate: Candidate) -> Estimate:
             stages[stage] = _training_seconds(prepared, candidate.model, recipe.finetune)
         elif stage == "qat":
             stages[stage] = QAT_FACTOR * _training_seconds(prepared, candidate.model, recipe.qat)
-    return Estimate(stages, evaluations)
+    again = len(recipe.members())
+    times = {stage: seconds * (1 if stage == "train" else again) for stage, seconds in stages.items()}
+    return Estimate(times, evaluations)
 
 
 def _num_evaluations(recipe: Recipe, stage: Stage) -> int:

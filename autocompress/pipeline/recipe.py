@@ -84,7 +84,8 @@ class Recipe(Section):
             quantise where there is one, else for floating point, which targets that multiply integers refuse.
         reference_bits: of the original network that relative budgets refer to, or of the largest one of the
             space where stage nas finds it; null for those of ``bits``, or 32 where there are none.
-        budgets: limits that must all hold.
+        budgets: limits that must all hold. Several limits on a metric, ``{macs: [0.75, 0.5, 0.25]}``, make a
+            series: one compressed network for each, from one training.
         stages: what is done, in the order nas, train, prune, finetune, quantise, qat, export; at least one of
             nas, prune and quantise. The budgets are for what comes out in the end: each stage gets a part of
             the way there, measured anew after the stage before.
@@ -139,9 +140,17 @@ class Recipe(Section):
             raise ValueError("must hold at least one budget, e.g. {macs: 0.5}")
         return value
 
+    @field_validator("budgets")
+    @classmethod
+    def _of_equal_number(cls, value: tuple[BudgetSettings, ...]) -> tuple[BudgetSettings, ...]:
+        if len({len(budget.then) for budget in value if budget.then}) > 1:
+            counts = ", ".join(f"{len(b.limits)} on {b.metric}" for b in value)
+            raise ValueError(f"budgets have one limit or equally many, got {counts}")
+        return value
+
     @field_validator("stages")
     @classmethod
-    def _in_order(cls, value: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    def _in_order(cls, value: tuple[Stage, ...], info: ValidationInfo) -> tuple[Stage, ...]:
         if value != tuple(stage for stage in STAGES if stage in value):
             raise ValueError(f"come once each, in the order {', '.join(STAGES)}, got {', '.join(value)}")
         if not {"nas", "prune", "quantise"} & set(value):
@@ -152,6 +161,11 @@ class Recipe(Section):
                 raise ValueError(f"{stage} trains what {needed} makes; add {needed} or leave {stage} out")
         if "nas" in value and "train" not in value:
             raise ValueError("nas finds a network that is not trained yet; add train")
+        if "nas" in value and any(budget.then for budget in info.data.get("budgets", ())):
+            raise ValueError(
+                "a series of budgets starts from one network, and nas finds one for each; give one limit, "
+                "and for the others borrow the supernet with nas.supernet"
+            )
         return value
 
     @field_validator("alone")
@@ -271,6 +285,31 @@ class Recipe(Section):
         text = io.StringIO()
         yaml.dump(self.model_dump(mode="json"), text)
         return text.getvalue()
+
+    @property
+    def is_series(self) -> bool:
+        """Whether a budget has several limits."""
+        return any(budget.then for budget in self.budgets)
+
+    def members(self) -> tuple[Recipe, ...]:
+        """A recipe for each limit of a series, the tightest last; just this one where there is one."""
+        if not self.is_series:
+            return (self,)
+        count = max(len(budget.limits) for budget in self.budgets)
+        members = []
+        for number in range(count):
+            limits = [b.limits[number] if b.then else b.limit for b in self.budgets]
+            budgets = [
+                b.model_copy(update={"limit": limit, "then": ()})
+                for b, limit in zip(self.budgets, limits, strict=True)
+            ]
+            shown = "-".join(
+                f"{b.metric}-{b.limit:g}" for b, old in zip(budgets, self.budgets, strict=True) if old.then
+            )
+            members.append(
+                self.model_copy(update={"name": f"{self.name}-{shown}", "budgets": tuple(budgets)})
+            )
+        return tuple(members)
 
     @property
     def is_joint(self) -> bool:

@@ -84,10 +84,14 @@ def _expand_budgets(document: Document) -> None:
         if isinstance(short, dict):
             data["budgets"] = []
             for index, (metric, limit) in enumerate(short.items()):
-                share = not _is_number(limit) or limit <= 1
-                data["budgets"].append({"metric": metric, "relative": share, "limit": limit})
+                first, *then = limit if isinstance(limit, list) and limit else [limit]
+                share = not _is_number(first) or first <= 1
+                data["budgets"].append({"metric": metric, "relative": share, "limit": first})
                 place = places[*path, metric]
                 places[*path, index] = places[*path, index, "limit"] = place
+                if then:
+                    data["budgets"][-1]["then"] = then
+                    places[*path, index, "then"] = place
                 places[*path, index, "metric"] = Place(place.name, place.key, place.key)
         for budget in data["budgets"] if isinstance(data.get("budgets"), list) else []:
             if isinstance(budget, dict) and budget.get("metric") == "flops":
@@ -102,7 +106,9 @@ def _in_macs(budget: Mapping[str, Any]) -> dict[str, Any]:
         logger.warning("budget of %s of the FLOPs: the same share of the MACs (1 MAC = 2 FLOPs)", limit)
         return {"metric": "macs"}
     logger.warning("budget of %s FLOPs: that is %s MACs (1 MAC = 2 FLOPs)", limit, limit / 2)
-    return {"metric": "macs", "limit": limit / 2}
+    then = budget.get("then", ())
+    halves = [tighter / 2 if _is_number(tighter) else tighter for tighter in then]
+    return {"metric": "macs", "limit": limit / 2} | ({"then": halves} if then else {})
 
 
 def _check_target(document: Document, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Literal, get_args
@@ -102,11 +103,14 @@ class BudgetSettings(Section):
         metric: what is limited; what can be counted, or what the recipe's target gives.
         relative: whether ``limit`` is a share of what the original network costs at ``reference_bits``.
         limit: a share in (0, 1], or a figure for one sample in the metric's unit.
+        then: tighter limits, the tightest last, for one more compressed network each; the short form is
+            ``{macs: [0.75, 0.5, 0.25]}``.
     """
 
     metric: Metric
     relative: bool = True
     limit: float
+    then: Annotated[tuple[float, ...], Strict(False)] = ()
 
     @field_validator("limit")
     @classmethod
@@ -115,10 +119,34 @@ class BudgetSettings(Section):
             Budget(info.data["metric"], limit, info.data["relative"])
         return limit
 
+    @field_validator("then")
+    @classmethod
+    def _are_tighter(cls, then: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        limits = (info.data.get("limit", math.inf), *then)
+        for limit in then:
+            cls._is_a_budget(limit, info)
+        if any(b >= a for a, b in pairwise(limits)):
+            raise ValueError(
+                f"limits come from the loosest to the tightest, got {', '.join(map(str, limits))}"
+            )
+        return then
+
+    @property
+    def limits(self) -> tuple[float, ...]:
+        """All limits, the tightest last."""
+        return (self.limit, *self.then)
+
     @property
     def budget(self) -> Budget:
         """The same limit as the rest of the package knows it."""
         return Budget(self.metric, self.limit, self.relative)
+
+
+def for_one_network(value: tuple[BudgetSettings, ...]) -> tuple[BudgetSettings, ...]:
+    """The budgets, when each has one limit."""
+    if any(budget.then for budget in value):
+        raise ValueError("a stage's own budgets have one limit each; name several in budgets of the recipe")
+    return value
 
 
 def one_per_metric(value: tuple[BudgetSettings, ...]) -> tuple[BudgetSettings, ...]:
@@ -130,6 +158,7 @@ def one_per_metric(value: tuple[BudgetSettings, ...]) -> tuple[BudgetSettings, .
 
 
 Budgets = Annotated[tuple[BudgetSettings, ...], Strict(False), AfterValidator(one_per_metric)]
+StageBudgets = Annotated[Budgets, AfterValidator(for_one_network)]
 
 
 class TrainStage(Section):
@@ -232,7 +261,7 @@ class NasSettings(Section):
     weight_decay: float = Field(default=3e-4, ge=0)
     alpha_lr: float | None = Field(default=None, gt=0)
     cost_weight: float = Field(default=1.0, ge=0)
-    budgets: Budgets = ()
+    budgets: StageBudgets = ()
     supernet: Annotated[str, Field(min_length=1)] | None = None
     num_plans: int = Field(default=0, ge=0)
     score_images: Annotated[int, Field(ge=2)] | None = None
@@ -263,7 +292,7 @@ class PruneSettings(Section):
         keep: layers or channel groups that stay whole, as shell patterns.
     """
 
-    budgets: Budgets = ()
+    budgets: StageBudgets = ()
     importance: Literal["l1", "l2", "taylor", "geometric_median"] = "l2"
     round_to: Count = 8
     min_keep: Share = 0.2

@@ -58,12 +58,13 @@ def run_recipe(
     Raises:
         AutocompressError: any of its kinds.
     """
+    _check_single(recipe)
     with recipe_threads(recipe):
         recipe = absolute_paths(recipe)
         prepared = prepare(recipe)
         path = out or RunDirectory.next_free(Path("runs"), recipe.name)
         with RunDirectory.create(path, recipe) as directory:
-            return _run(stages.Run(prepared, directory, on_event, workers))
+            return run_stages(stages.Run(prepared, directory, on_event, workers))
 
 
 def resume(path: Path, *, workers: Workers = ALONE, on_event: OnEvent = silent) -> Result:
@@ -74,13 +75,14 @@ def resume(path: Path, *, workers: Workers = ALONE, on_event: OnEvent = silent) 
     """
     with RunDirectory.open(path) as directory:
         recipe = directory.recipe
+        _check_single(recipe)
         if recipe.data is None or not (recipe.model or "nas" in recipe.stages):
             raise RunDirectoryError(
                 f"{path} was started from Python with its own model and data; resume it there: "
                 "compress(model, data, recipe, run_dir=...)"
             )
         with recipe_threads(recipe):
-            return _run(stages.Run(prepare(recipe), directory, on_event, workers))
+            return run_stages(stages.Run(prepare(recipe), directory, on_event, workers))
 
 
 def compress(
@@ -114,6 +116,7 @@ def compress(
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_mapping(recipe)
     given = {"model": recipe.model, "weights": recipe.weights, "data": recipe.data}
+    _check_single(recipe)
     if faults := [f"{key}: leave it out; it is passed from Python" for key, value in given.items() if value]:
         raise RecipeError(faults)
     if (model is None) != ("nas" in recipe.stages):
@@ -129,7 +132,7 @@ def compress(
             prepared = prepare_own({type(model).__name__: copy.deepcopy(model)}, data, recipe)
         path = Path(run_dir) if run_dir else RunDirectory.next_free(Path("runs"), recipe.name)
         with _create_or_open(path, recipe) as directory:
-            return _run(stages.Run(prepared, directory, on_event, workers))
+            return run_stages(stages.Run(prepared, directory, on_event, workers))
 
 
 def load_compressed(model: nn.Module | None, run_dir: Path | str) -> nn.Module:
@@ -197,6 +200,14 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=changes) if changes else recipe
 
 
+def _check_single(recipe: Recipe) -> None:
+    if recipe.is_series:
+        raise RecipeError(
+            f"{recipe.name}: its budgets have several limits, which make several networks; "
+            "use run_series or resume_series, or give one limit"
+        )
+
+
 def _create_or_open(path: Path, recipe: Recipe) -> RunDirectory:
     if not (path / "recipe.yaml").exists():
         return RunDirectory.create(path, recipe)
@@ -232,7 +243,8 @@ def check_inputs(run: stages.Run) -> None:
         )
 
 
-def _run(run: stages.Run) -> Result:
+def run_stages(run: stages.Run) -> Result:
+    """Every stage of a run, and what they leave in its folder."""
     check_inputs(run)
     recipe = run.prepared.recipe
     if run.prepared.architectures:
@@ -266,7 +278,7 @@ def _run(run: stages.Run) -> Result:
     run.directory.write_json("training.json", run.training)
     with run.timed("test"):
         chain = [step.figures(candidate, evaluate(step.model, run.prepared.data.test)) for step in steps]
-    compared = compare_alone(run, candidate, _run) if recipe.alone else {}
+    compared = compare_alone(run, candidate, run_stages) if recipe.alone else {}
     result = outcome(run, candidate, plan, chain=chain, alone=compared, exported=exported)
     run.directory.write("result.json", result.to_json())
     write_report(run.directory.path)

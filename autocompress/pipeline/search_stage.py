@@ -27,6 +27,10 @@ from autocompress.pipeline.stages import Run
 from autocompress.quant import QuantTables
 from autocompress.quant.stored import structure_of
 
+LEDGER = "ledger.sqlite"
+EARLIER = "tighter budgets"
+"""Who found a plan that the search of a tighter budget of the same series had scored."""
+
 
 def search_channels(run: Run, candidate: Candidate) -> tuple[Plan, nn.Module]:
     """The plan of channels that was found, and the pruned and repaired network; nothing is trained."""
@@ -93,6 +97,9 @@ def search_plan(run: Run, stage: Stage, problem: Problem) -> Plan:
             seconds[name] = time.perf_counter() - start
             run.trials[stage] = {k: trials_of(v.trials) for k, v in results.items()}
             run.directory.write_json("trials.json", run.trials)
+    known = [t for t in run.earlier.get(problem.digest, ()) if problem.meets_budgets(problem.price(t.plan))]
+    if known:
+        results[EARLIER] = SearchResult(tuple(known))
     winner = max(results, key=lambda name: (results[name].best.score, name == settings.algorithm))
     best = results[winner].best
     finals = _finals(run, stage, problem, list(results.values()), settings.finalists)
@@ -103,6 +110,7 @@ def search_plan(run: Run, stage: Stage, problem: Problem) -> Plan:
     run.found[stage] = {
         "algorithm": settings.algorithm,
         "num_plans": settings.num_plans,
+        "problem": problem.digest,
         "best_score": results[settings.algorithm].best.score,
         "found_by": winner,
         "seconds": seconds[settings.algorithm],
@@ -133,7 +141,7 @@ def _finals(
 
 
 def _ledger(run: Run) -> Ledger:
-    return Ledger(run.directory.path / "ledger.sqlite")
+    return Ledger(run.ledger or run.directory.path / LEDGER)
 
 
 @dataclass

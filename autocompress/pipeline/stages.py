@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from autocompress.agents import ALONE, Workers
-from autocompress.core import Plan
+from autocompress.core import Plan, Trial
 from autocompress.hardware_sim import MacsModel
 from autocompress.pipeline.bit_score import BitScore
 from autocompress.pipeline.prepare import Prepared
@@ -32,7 +33,8 @@ from autocompress.training import EpochReport, TrainSettings, evaluate, fit
 class Run:
     """One run at work: what it was given, where it writes, what it has learnt so far by stage.
 
-    ``workers`` score batches of plans; ``decided`` is what stage nas found.
+    ``workers`` score batches of plans; ``decided`` is what stage nas found. Runs of a series share a
+    ``ledger``, and ``earlier`` holds what their searches scored before: problem digest -> trials.
     """
 
     prepared: Prepared
@@ -44,6 +46,8 @@ class Run:
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     decided: Plan = field(default_factory=Plan)
+    ledger: Path | None = None
+    earlier: Mapping[str, Sequence[Trial]] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
