@@ -184,6 +184,25 @@ def search(  # noqa: PLR0917
     _show_contest(outcome)
 
 
+@app.command(
+    epilog="Examples: [bold]autocompress fidelity runs/digits[/] · "
+    "[bold]autocompress fidelity runs/resnet20-cifar10-50 --plans 8 --epochs 2[/]"
+)
+def fidelity(
+    run_dir: Annotated[
+        Path, typer.Argument(help="Folder of a run, or of a comparison of searches.", metavar="RUN")
+    ],
+    plans: Annotated[int, typer.Option(help="Plans to fine-tune, evenly over the quick score's ranks.")] = 12,
+    epochs: Annotated[int | None, typer.Option(help="Of fine-tuning [as in the recipe].")] = None,
+) -> None:
+    """Fine-tune some of a run's plans, and say how well the quick score ranked them; a repeated call goes on."""
+    from autocompress.pipeline import measure_fidelity
+
+    with _progress() as on_event:
+        measured = measure_fidelity(run_dir, num_plans=plans, epochs=epochs, on_event=on_event)
+    _show_fidelity(measured)
+
+
 @app.command(epilog="Example: [bold]autocompress report runs/digits[/]")
 def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.")]) -> None:
     """Write report.html again from the files of a run."""
@@ -394,6 +413,16 @@ def _show_contest(outcome: Outcome) -> None:
     _show_rows(title, *table(outcome))
     out.print(escape(outcome.verdict()), soft_wrap=True, highlight=False)
     names = [str(outcome.folder / name) for name in (REPORT, CURVES, TRIALS)]
+    out.print(f"wrote {escape(', '.join(names))}", soft_wrap=True)
+
+
+def _show_fidelity(measured: Fidelity) -> None:
+    from autocompress.pipeline.fidelity_outcome import FIGURES, PLOT
+
+    title = f"{measured.name}: quick score beside fine-tuning, on the search split"
+    _show_rows(title, *measured.table())
+    out.print(escape(measured.verdict()), soft_wrap=True, highlight=False)
+    names = [str(measured.folder / name) for name in (FIGURES, PLOT)]
     out.print(f"wrote {escape(', '.join(names))}", soft_wrap=True)
 
 

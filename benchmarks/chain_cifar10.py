@@ -77,7 +77,7 @@ def chain(recipe: Recipe, folder: Path) -> dict[str, Any]:
         "latency_share": result.predicted["after"][metric] / limit,
         "macs": result.after["macs"],
         "params": result.after["params"],
-        "search_accuracy": training["qat"][-1]["search_accuracy"],
+        "search_accuracy": max(epoch["search_accuracy"] for epoch in training["qat"]),
         "test_accuracy": result.after["accuracy"],
         "seconds": seconds,
         "limit": limit,

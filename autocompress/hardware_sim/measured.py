@@ -125,6 +125,7 @@ class Measured(HardwareModel):
     metrics: ClassVar[tuple[Metric, ...]] = ("latency_ms",)
     mapping: ClassVar[str] = "as the measured runtime runs it"
     energy_table: ClassVar[str] = "none: latency only was measured"
+    channel_step: ClassVar[int] = _BLOCK
     name: str
     ns_per: Mapping[int, Mapping[str, _CELL]]
     between_ns_per: Mapping[int, _CELL]

@@ -55,6 +55,7 @@ class HardwareModel(LayerwiseModel):
         mapping: how layers are laid onto the machine, in words.
         energy_table: which constants the energy comes from, in words; energies of different tables must not
             be compared.
+        channel_step: channels that it works on at once, so that fewer than a multiple of them save nothing.
         name: of the target.
         batch: samples priced together; figures are per sample.
     """
@@ -63,6 +64,7 @@ class HardwareModel(LayerwiseModel):
     metrics: ClassVar[tuple[Metric, ...]]
     mapping: ClassVar[str]
     energy_table: ClassVar[str] = "none"
+    channel_step: ClassVar[int] = 8
     name: str
     batch: int
 

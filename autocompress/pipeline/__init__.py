@@ -4,6 +4,8 @@ from autocompress.pipeline.architectures import Architectures
 from autocompress.pipeline.contest import Contest, contest_of, resume_contest, run_contest
 from autocompress.pipeline.contest_outcome import Outcome
 from autocompress.pipeline.estimate import Estimate, estimate
+from autocompress.pipeline.fidelity import measure_fidelity
+from autocompress.pipeline.fidelity_outcome import Fidelity
 from autocompress.pipeline.prepare import Prepared, prepare
 from autocompress.pipeline.problems import Candidate, problems_of
 from autocompress.pipeline.progress import Event, OnEvent
@@ -18,6 +20,7 @@ __all__ = [
     "Contest",
     "Estimate",
     "Event",
+    "Fidelity",
     "OnEvent",
     "Outcome",
     "Prepared",
@@ -30,6 +33,7 @@ __all__ = [
     "find_recipe",
     "is_series",
     "load_compressed",
+    "measure_fidelity",
     "prepare",
     "problems_of",
     "recipe_threads",

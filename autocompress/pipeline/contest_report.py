@@ -41,7 +41,7 @@ def write_contest_report(outcome: Outcome, directory: RunDirectory) -> None:
         )
     )
     directory.write(TRIALS, as_csv(outcome))
-    directory.write(CURVES, _standalone(curves))
+    directory.write(CURVES, standalone(curves))
     directory.write(REPORT, html)
 
 
@@ -100,7 +100,7 @@ def _front_figure(outcome: Outcome, metric: Metric) -> Figure:
     return Figure(xy_chart(series, x=x, y=y, rule=Rule(1.0, f"limit {percent(1.0)}")), legend)
 
 
-def _standalone(figure: Figure) -> str:
+def standalone(figure: Figure) -> str:
     """The drawing with its colours and its legend, for a file of its own."""
     style = (Path(TEMPLATES) / "style.css").read_text(encoding="utf-8")
     entry = Markup('<text x="{}" y="{}" class="note {}" style="fill:var(--c)">{}</text>')

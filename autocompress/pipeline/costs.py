@@ -235,6 +235,11 @@ def share_for_first(limit: float, *, start: float, smallest: Sequence[float]) ->
     return start * math.exp(ranges[0] * min(max(part, 0.0), 1.0))
 
 
+def channel_step(target: HardwareModel | None) -> int:
+    """Channels that a machine works on at once; a usual number where there is none."""
+    return (target or HardwareModel).channel_step
+
+
 def content_digest(target: HardwareModel) -> str:
     """Hash of what a target's prices depend on: its model, its constants and the table it looks up."""
     values = {field.name: getattr(target, field.name) for field in fields(target)}  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 from autocompress.core import Plan, Problem
 from autocompress.core.errors import RecipeError
-from autocompress.pipeline.costs import Costs
+from autocompress.pipeline.costs import Costs, channel_step
 from autocompress.pipeline.recipe import PruneSettings
 from autocompress.prune import Reconstruction, channel_knobs, compress_channels, unit_scores
 from autocompress.trace import Trace
@@ -109,7 +109,10 @@ def channel_problem(
     """
     try:
         knobs = channel_knobs(
-            traced.graph, round_to=settings.round_to, min_keep=settings.min_keep, keep=settings.keep
+            traced.graph,
+            round_to=settings.round_to or channel_step(costs.target),
+            min_keep=settings.min_keep,
+            keep=settings.keep,
         )
     except ValueError as fault:
         raise RecipeError(f"prune: {fault}") from fault

@@ -175,6 +175,8 @@ class TrainStage(Section):
         distill_weight: share of the loss that follows the uncompressed network.
         distill_temperature: softens both networks' outputs.
         clip_norm: largest norm of the gradient; null for no limit.
+        keep: the weights that are taken: ``last``, or ``best``, those with the highest accuracy on the search
+            split (of equals, with the lowest loss) at the start or after any epoch.
     """
 
     epochs: Count = 20
@@ -188,6 +190,7 @@ class TrainStage(Section):
     distill_weight: float = Field(default=0.0, ge=0, le=1)
     distill_temperature: float = Field(default=4.0, gt=0)
     clip_norm: float | None = Field(default=None, gt=0)
+    keep: Literal["last", "best"] = "last"
 
     @field_validator("warmup_epochs")
     @classmethod
@@ -203,6 +206,7 @@ class FinetuneStage(TrainStage):
     epochs: Count = 10
     lr: float = Field(default=0.02, gt=0)
     distill_weight: float = Field(default=0.5, ge=0, le=1)
+    keep: Literal["last", "best"] = "best"
 
 
 class QatStage(FinetuneStage):
@@ -281,7 +285,8 @@ class PruneSettings(Section):
         budgets: limits of this stage where stage quantise follows; none for the part of the recipe's budgets
             that :func:`autocompress.pipeline.costs.share_for_first` gives it.
         importance: which channels go first.
-        round_to: kept channels are a multiple of this where the layer is wide enough.
+        round_to: kept channels are a multiple of this where the layer is wide enough; null for the channels
+            that the target works on at once where it says so (``this-cpu``: 16), else 8.
         min_keep: smallest share of its channels a layer keeps.
         reconstruct: whether remaining weights are refitted by least squares.
         recalibrate_batches: batches of calibration images that renew a candidate's BatchNorm statistics, as
@@ -294,7 +299,7 @@ class PruneSettings(Section):
 
     budgets: StageBudgets = ()
     importance: Literal["l1", "l2", "taylor", "geometric_median"] = "l2"
-    round_to: Count = 8
+    round_to: Count | None = None
     min_keep: Share = 0.2
     reconstruct: bool = True
     recalibrate_batches: int = Field(default=8, ge=0)
