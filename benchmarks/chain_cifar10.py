@@ -77,7 +77,7 @@ def chain(recipe: Recipe, folder: Path) -> dict[str, Any]:
         "latency_share": result.predicted["after"][metric] / limit,
         "macs": result.after["macs"],
         "params": result.after["params"],
-        "search_accuracy": max(epoch["search_accuracy"] for epoch in training["qat"]),
+        "search_accuracy": training["qat"][-1]["search_accuracy"],
         "test_accuracy": result.after["accuracy"],
         "seconds": seconds,
         "limit": limit,
@@ -110,7 +110,7 @@ def baseline(recipe: Recipe, data: Data, bits: int, limit: float, file: Path) ->
     settings = TrainSettings(**train.model_dump() | {"epochs": epochs})
     fit(model, data, settings, seed=recipe.seed, checkpoint=file.with_suffix(".train"))
     score = BitScore(model, data, settings=recipe.quantise, seed=recipe.seed)
-    student = QatNetwork(score.tables, plan, [x for x, _ in score.calibration_images])
+    student = QatNetwork(score.tables, plan, score.training_images())
     fit(
         student, data, TrainSettings(**rounding.model_dump()), seed=recipe.seed,
         teacher=score.tables.skeleton.graph_module, checkpoint=file.with_suffix(".qat"),

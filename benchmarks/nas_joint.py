@@ -56,7 +56,7 @@ from autocompress.nas.spaces import LAYOUTS, Layout, MBConvChain, Stage
 from autocompress.pipeline.costs import share_for_first
 from autocompress.quant import Calibration, QuantTables, Skeleton
 from autocompress.quant.qat import QatNetwork
-from autocompress.training import Data, TrainSettings, evaluate, fit, load_data
+from autocompress.training import Data, TrainSettings, evaluate, fit, load_data, training_images
 
 SMALL = Layout(8, 1, 8, (Stage(12, 2, 1), Stage(16, 2, 2)), 32)
 """For the digits: four blocks that two CPU cores train in seconds."""
@@ -89,7 +89,7 @@ class Bench:
         images, settings = self.score.calibration_images, self.score.settings.quant
         skeleton = Skeleton(member)
         tables = QuantTables(skeleton, Calibration(skeleton, images, settings))
-        student = QatNetwork(tables, plan, images)
+        student = QatNetwork(tables, plan, training_images(self.data.train, 2048, seed=self.seed))
         fit(student, self.data, QAT, seed=self.seed, teacher=skeleton.graph_module)
         return evaluate(student, self.data.test).accuracy
 

@@ -36,7 +36,7 @@ from autocompress.core.plan import Plan
 from autocompress.quant import Calibration, QuantSettings, QuantTables, Skeleton, quantize
 from autocompress.quant.qat import QatNetwork
 from autocompress.quant.ste import LearnedGrid
-from autocompress.training import Data, TrainSettings, evaluate, fit, load_data
+from autocompress.training import Data, TrainSettings, evaluate, fit, load_data, training_images
 from autocompress.zoo import build, load_weights
 
 SETTINGS = TrainSettings(epochs=2, lr=0.02, weight_decay=1e-4, distill_weight=0.5)
@@ -52,6 +52,7 @@ class Bench:
     tables: QuantTables
     data: Data
     calibration: tuple[Tensor, ...]
+    drawn: list[Tensor]
     settings: TrainSettings
 
     def plan(self, bits: int) -> Plan:
@@ -62,7 +63,7 @@ class Bench:
 
     def student(self, bits: int, kind: type[QatNetwork] = QatNetwork) -> QatNetwork:
         """The training form of that plan."""
-        return kind(self.tables, self.plan(bits), self.calibration)
+        return kind(self.tables, self.plan(bits), self.drawn)
 
     def fitted(self, network: nn.Module, seed: int, **changes: Any) -> tuple[nn.Module, float]:
         """The network, trained in place, and its last loss."""
@@ -123,7 +124,7 @@ def progressive(bench: Bench, bits: int, seed: int) -> tuple[nn.Module, float]:
             if layer.bias is not None:
                 layer.bias.copy_(trained.bias)
     tables = QuantTables(skeleton, Calibration(skeleton, bench.calibration, QuantSettings()))
-    student = QatNetwork(tables, bench.plan(bits), bench.calibration)
+    student = QatNetwork(tables, bench.plan(bits), bench.drawn)
     return bench.fitted(student, seed + 1000, epochs=bench.settings.epochs - epochs)
 
 
@@ -212,7 +213,13 @@ def made(args: argparse.Namespace) -> Bench:
     calibration = data.train.batch(torch.arange(512), None)[0].split(128)
     skeleton = Skeleton(model.eval())
     tables = QuantTables(skeleton, Calibration(skeleton, calibration, QuantSettings()))
-    return Bench(tables, data, calibration, replace(SETTINGS, epochs=args.epochs))
+    return Bench(
+        tables,
+        data,
+        calibration,
+        training_images(data.train, 2048, seed=0),
+        replace(SETTINGS, epochs=args.epochs),
+    )
 
 
 def summary(rows: list[dict[str, Any]]) -> None:

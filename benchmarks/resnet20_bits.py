@@ -156,7 +156,7 @@ def train(bench: Bench, score: BitScore, plan: Plan, seed: int) -> dict[str, Any
     settings = TrainSettings(
         epochs=bench.args.epochs, lr=bench.args.lr, batch_size=128, weight_decay=1e-4, distill_weight=0.5
     )
-    student = QatNetwork(score.tables, plan, [x for x, _ in score.calibration_images])
+    student = QatNetwork(score.tables, plan, score.training_images())
     fit(
         student, bench.data(seed), settings, seed=seed, teacher=score.tables.skeleton.graph_module,
         checkpoint=bench.args.out / f"trained-{plan.digest}-{seed}.checkpoint",

@@ -21,10 +21,13 @@ from autocompress.quant import Calibration, QuantSettings, QuantTables, Skeleton
 from autocompress.quant.kmeans import CodebookTables
 from autocompress.quant.knobs import bit_knobs, reference_bits
 from autocompress.quant.sensitivity import sensitivity
-from autocompress.training import Data, evaluate, weights_digest
+from autocompress.training import Data, evaluate, training_images, weights_digest
 
 SCORE_BATCH = 100
 """Images per forward pass: activations of most small networks then stay in the processor's cache."""
+
+STATISTICS_IMAGES = 2048
+"""Images that BatchNorm's statistics are taken over before training with rounding."""
 
 Tables = QuantTables | CodebookTables
 
@@ -59,6 +62,12 @@ class BitScore:
             f"{weights_digest(model)} {data_digest(stored, data)} {settings.model_dump_json()} "
             f"threads={torch.get_num_threads()}"
         )
+
+    def training_images(self) -> list[Tensor]:
+        """Images as training sees them, for the statistics of what trains with rounding."""
+        device = self.calibration_images[0][0].device
+        found = training_images(self._data.train, STATISTICS_IMAGES, seed=self._seed)
+        return [images.to(device) for images in found]
 
     def _tables_of(self, model: nn.Module) -> Tables:
         settings = self._settings

@@ -175,8 +175,6 @@ class TrainStage(Section):
         distill_weight: share of the loss that follows the uncompressed network.
         distill_temperature: softens both networks' outputs.
         clip_norm: largest norm of the gradient; null for no limit.
-        keep: the weights that are taken: ``last``, or ``best``, those with the highest accuracy on the search
-            split (of equals, with the lowest loss) at the start or after any epoch.
     """
 
     epochs: Count = 20
@@ -190,7 +188,6 @@ class TrainStage(Section):
     distill_weight: float = Field(default=0.0, ge=0, le=1)
     distill_temperature: float = Field(default=4.0, gt=0)
     clip_norm: float | None = Field(default=None, gt=0)
-    keep: Literal["last", "best"] = "last"
 
     @field_validator("warmup_epochs")
     @classmethod
@@ -206,7 +203,6 @@ class FinetuneStage(TrainStage):
     epochs: Count = 10
     lr: float = Field(default=0.02, gt=0)
     distill_weight: float = Field(default=0.5, ge=0, le=1)
-    keep: Literal["last", "best"] = "best"
 
 
 class QatStage(FinetuneStage):

@@ -139,7 +139,7 @@ def qat(run: Run, score: BitScore, plan: Plan, model: nn.Module) -> nn.Module:
     if isinstance(tables, CodebookTables):
         student = share_weights(model, tables.codebooks(plan))
     elif trains:
-        student = QatNetwork(tables, plan, [images for images, _ in score.calibration_images])
+        student = QatNetwork(tables, plan, score.training_images())
         teacher = tables.skeleton.graph_module
     else:
         return quantize(tables, plan).eval()

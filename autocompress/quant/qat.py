@@ -48,7 +48,8 @@ class QatNetwork(nn.Module):
     Args:
         tables: the float network with its calibration; neither it nor its weights are changed.
         plan: its ``bits`` name layers of the network.
-        batches: images, each (N, C, H, W), as for the calibration; they set BatchNorm's statistics.
+        batches: images, each (N, C, H, W), as training draws them, augmented where it augments; they set
+            BatchNorm's statistics.
 
     Raises:
         ValueError: a layer the network lacks, or bits that no grid has.

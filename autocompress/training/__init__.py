@@ -1,6 +1,6 @@
 """Data sets, training with resume, distillation, evaluation and BatchNorm recalibration."""
 
-from autocompress.training.batches import batches
+from autocompress.training.batches import batches, training_images
 from autocompress.training.checkpoint import weights_digest
 from autocompress.training.data import Augment, Data, Images, Samples, from_datasets, subset
 from autocompress.training.evaluate import Scores, evaluate, recalibrate_batchnorm
@@ -25,5 +25,6 @@ __all__ = [
     "load_data",
     "recalibrate_batchnorm",
     "subset",
+    "training_images",
     "weights_digest",
 ]

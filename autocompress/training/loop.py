@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from autocompress.core.errors import DataError, DivergenceError, RecipeError
 from autocompress.training.batches import batches, derived_seed, num_batches
-from autocompress.training.checkpoint import Best, Checkpoint, identity_of
+from autocompress.training.checkpoint import Checkpoint, identity_of
 from autocompress.training.data import Data
-from autocompress.training.evaluate import Scores, device_of, evaluate, kept_modes, logits_of
+from autocompress.training.evaluate import device_of, evaluate, kept_modes, logits_of
 from autocompress.training.settings import EpochReport, TrainSettings
 
 _log = logging.getLogger(__name__)
@@ -66,31 +66,21 @@ def fit(
     distilled = teacher if settings.distill_weight > 0 else None
     optimizer = sgd(model, settings)
     reports: tuple[EpochReport, ...] = ()
-    best = Best() if settings.keep == "best" else None
     saved = None
     if checkpoint is not None:
         identity = identity_of(model, data, settings=settings, seed=seed, teacher=distilled)
         saved = Checkpoint(checkpoint, identity)
-        reports = saved.restore(model, optimizer, best)
+        reports = saved.restore(model, optimizer)
     learner = _Learner(model, optimizer, settings, distilled)
     with kept_modes(model):
-        if best is not None and not reports and settings.epochs:
-            best.offer(model, learner.score(data), -1)
         for epoch in range(len(reports), settings.epochs):
-            report, scores = learner.epoch(data, epoch, seed)
+            report = learner.epoch(data, epoch, seed)
             reports = (*reports, report)
             _log.info("epoch %d: loss %.4f, search accuracy %.4f", epoch, report.loss, report.search_accuracy)
-            if best is not None:
-                best.offer(model, scores, epoch)
             if saved is not None:
-                saved.write(model, optimizer, reports, best)
+                saved.write(model, optimizer, reports)
             if on_epoch is not None:
                 on_epoch(report)
-        if best is not None and reports:
-            best.restore(model)
-            _log.info(
-                "kept the weights %s", f"after epoch {best.epoch}" if best.epoch >= 0 else "of the start"
-            )
     return reports
 
 
@@ -101,11 +91,7 @@ class _Learner:
     settings: TrainSettings
     teacher: nn.Module | None
 
-    def score(self, data: Data) -> Scores:
-        """Accuracy and loss on the search split."""
-        return evaluate(self.model, data.search, dtype=self._dtype)
-
-    def epoch(self, data: Data, epoch: int, seed: int) -> tuple[EpochReport, Scores]:
+    def epoch(self, data: Data, epoch: int, seed: int) -> EpochReport:
         """One pass over the training split, then the score on the search split."""
         start = time.perf_counter()
         device = device_of(self.model)
@@ -127,8 +113,8 @@ class _Learner:
                     num_right + right,
                     num_seen + len(y),
                 )
-        search = self.score(data)
-        report = EpochReport(
+        search = evaluate(self.model, data.search, dtype=self._dtype)
+        return EpochReport(
             epoch=epoch,
             loss=total_loss / num_seen,
             train_accuracy=num_right / num_seen,
@@ -136,7 +122,6 @@ class _Learner:
             seconds=time.perf_counter() - start,
             lr=lr,
         )
-        return report, search
 
     @property
     def _dtype(self) -> torch.dtype:

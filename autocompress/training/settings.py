@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from autocompress.core.errors import RecipeError
 
@@ -25,8 +24,6 @@ class TrainSettings:
         distill_weight: share of the teacher's term in the loss, 0 for none.
         distill_temperature: softens both distributions.
         clip_norm: largest norm of the gradient; not clipped when absent.
-        keep: the weights that are left in the end: ``last``, or ``best``, those with the highest accuracy on
-            the search split (of equals, with the lowest loss) at the start or after any epoch.
 
     Raises:
         RecipeError: values out of range, all at once.
@@ -43,7 +40,6 @@ class TrainSettings:
     distill_weight: float = 0.0
     distill_temperature: float = 4.0
     clip_norm: float | None = None
-    keep: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
         rules = (
@@ -56,7 +52,6 @@ class TrainSettings:
             ("warmup_epochs", "must be in [0, epochs]", 0 <= self.warmup_epochs <= self.epochs),
             ("distill_weight", "must be in [0, 1]", 0 <= self.distill_weight <= 1),
             ("distill_temperature", "must be > 0 and finite", 0 < self.distill_temperature < math.inf),
-            ("keep", "must be last or best", self.keep in ("last", "best")),
             ("clip_norm", "must be > 0, or absent", self.clip_norm is None or self.clip_norm > 0),
         )
         faults = [f"{name} {rule}, got {getattr(self, name)}" for name, rule, holds in rules if not holds]

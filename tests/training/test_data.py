@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from autocompress.core.errors import DataError, RecipeError
-from autocompress.training import Augment, Images, Samples, batches, from_datasets, load_data
+from autocompress.training import (
+    Augment,
+    Images,
+    Samples,
+    batches,
+    from_datasets,
+    load_data,
+    training_images,
+)
 from autocompress.training.batches import spread
 from autocompress.training.data import stratified
 
@@ -371,3 +379,16 @@ def test_broken_image_folders_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(root / "val" / "cow" / "0.png")
     with pytest.raises(DataError, match="same class folders; only in one: cow"):
         load_data("imagefolder", root=root)
+
+
+def test_training_images_are_those_of_the_first_epoch_augmented() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(1, 256, (50, 1, 6, 6), generator=generator, dtype=torch.uint8)
+    images = Images(pixels, torch.zeros(50).long(), mean=(0.0,), std=(1.0,), augment=Augment(pad=2))
+    drawn = training_images(images, 20, batch_size=16, seed=3)
+    expected = [x for x, _ in batches(images, 16, seed=3)]
+    assert [len(x) for x in drawn] == [16, 16]
+    assert all(torch.equal(x, y) for x, y in zip(drawn, expected, strict=False))
+    # Crops of padded images have borders of zeros, which no image itself has.
+    assert bool((torch.cat(drawn) == 0).any())
+    assert sum(len(x) for x in training_images(images, 1000, batch_size=16, seed=3)) == 50

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import resource
@@ -31,7 +30,6 @@ from autocompress.training import (
     Images,
     TrainSettings,
     distillation_loss,
-    evaluate,
     fit,
     from_datasets,
     load_data,
@@ -93,9 +91,8 @@ def _stop_after(epoch: int) -> object:
         replace(_SETTINGS, distill_weight=0.5),
         replace(_SETTINGS, mixed_precision=True),
         replace(_SETTINGS, momentum=0.0),
-        replace(_SETTINGS, keep="best", lr=3.0),
     ],
-    ids=["plain", "teacher", "bfloat16", "no momentum", "best"],
+    ids=["plain", "teacher", "bfloat16", "no momentum"],
 )
 @pytest.mark.parametrize("stop", [0, 2])
 def test_an_interrupted_training_ends_with_the_bits_of_one_that_was_not(
@@ -122,40 +119,6 @@ def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
     reports = fit(first, _data(), _SETTINGS, seed=0, checkpoint=path)
     assert fit(second, _data(), _SETTINGS, seed=0, checkpoint=path, on_epoch=_stop_after(0)) == reports
     assert _same(first, second)
-
-
-@pytest.mark.parametrize("lr", [0.05, 30.0])
-def test_the_best_weights_are_those_of_the_best_epoch_or_of_the_start(tmp_path: Path, lr: float) -> None:
-    data, settings = _data(), replace(_SETTINGS, lr=lr)
-    path, scores, states = tmp_path / "x", [], []
-    start = _net()
-    fit(start, data, replace(_SETTINGS, epochs=3), seed=1)  # something to lose
-
-    def look(model: nn.Module) -> None:
-        found = evaluate(model, data.search)
-        scores.append((found.accuracy, -found.loss))
-        states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-
-    last, best = copy.deepcopy(start), copy.deepcopy(start)
-    look(last)
-    fit(last, data, settings, seed=3, checkpoint=path, on_epoch=lambda report: look(last))
-    fit(best, data, replace(settings, keep="best"), seed=3)
-    expected = states[max(range(len(scores)), key=lambda i: scores[i])]
-    assert all(torch.equal(best.state_dict()[name], tensor) for name, tensor in expected.items())
-    assert all(torch.equal(last.state_dict()[name], tensor) for name, tensor in states[-1].items())
-    if lr > 1:
-        assert max(scores) == scores[0] > scores[-1]
-
-
-def test_a_checkpoint_without_a_part_of_the_best_weights_is_refused(tmp_path: Path) -> None:
-    path, settings = tmp_path / "x", replace(_SETTINGS, keep="best")
-    fit(_net(), _data(), settings, seed=0, checkpoint=path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file({k: v for k, v in tensors.items() if k != "best.0.bias"}, path, metadata)
-    with pytest.raises(CheckpointError, match=r"lacks or alters the best 0\.bias"):
-        fit(_net(), _data(), settings, seed=0, checkpoint=path)
 
 
 def test_training_does_not_touch_the_global_generator_or_the_modes() -> None:
@@ -366,9 +329,9 @@ def test_distillation_without_a_teacher_is_refused() -> None:
 
 def test_all_wrong_settings_are_named_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
-        TrainSettings(epochs=-1, batch_size=0, lr=math.nan, distill_weight=2, clip_norm=0, keep="first")  # type: ignore[arg-type]
+        TrainSettings(epochs=-1, batch_size=0, lr=math.nan, distill_weight=2, clip_norm=0)
     named = [fault.split()[0] for fault in caught.value.faults]
-    assert named == ["epochs", "batch_size", "lr", "warmup_epochs", "distill_weight", "keep", "clip_norm"]
+    assert named == ["epochs", "batch_size", "lr", "warmup_epochs", "distill_weight", "clip_norm"]
 
 
 def test_no_epochs_change_nothing() -> None:
