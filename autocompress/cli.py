@@ -22,7 +22,15 @@ from autocompress.core.errors import AutocompressError
 
 if TYPE_CHECKING:
     from autocompress.core import Metric, Problem, Result
-    from autocompress.pipeline import Architectures, Candidate, Event, Outcome, Prepared, SeriesResult
+    from autocompress.pipeline import (
+        Architectures,
+        Candidate,
+        Event,
+        Fidelity,
+        Outcome,
+        Prepared,
+        SeriesResult,
+    )
 
 app = typer.Typer(
     add_completion=False,
@@ -195,7 +203,7 @@ def fidelity(
     plans: Annotated[int, typer.Option(help="Plans to fine-tune, evenly over the quick score's ranks.")] = 12,
     epochs: Annotated[int | None, typer.Option(help="Of fine-tuning [as in the recipe].")] = None,
 ) -> None:
-    """Fine-tune some of a run's plans, and say how well the quick score ranked them; a repeated call goes on."""
+    """Fine-tune some of a run's plans and say how well the quick score ranked them; repeat it to go on."""
     from autocompress.pipeline import measure_fidelity
 
     with _progress() as on_event:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from autocompress.core import Ledger, Plan, Problem
+from torch import nn
+
+from autocompress.core import Ledger, Problem
 from autocompress.core.errors import RecipeError, RunDirectoryError
 from autocompress.core.ledger import Entry
 from autocompress.pipeline import stages
@@ -26,7 +26,7 @@ from autocompress.pipeline.run import check_inputs, recipe_threads
 from autocompress.pipeline.run_directory import RunDirectory
 from autocompress.training import TrainSettings, evaluate, fit, weights_digest
 
-FOLDER = "fidelity"
+FOLDER, LEDGER = "fidelity", "ledger.sqlite"
 LEAST = 3
 """Two plans are always in perfect order or in perfect disorder."""
 
@@ -60,6 +60,7 @@ def measure_fidelity(
     with RunDirectory.open(path) as directory:
         recipe = directory.recipe
         _check(recipe, path)
+        _check_number(_num_scored(path), path)
         with recipe_threads(recipe):
             run = stages.Run(prepare(recipe), directory, on_event)
             return _measure(run, num_plans, epochs)
@@ -84,7 +85,7 @@ def _check(recipe: Recipe, path: Path) -> None:
         )
     if "prune" not in recipe.stages:
         raise RecipeError(
-            f"fidelity is about plans of channels, and {recipe.name} has no stage prune; give it a run that has"
+            f"fidelity is about plans of channels, and {recipe.name} has no stage prune; give it another run"
         )
 
 
@@ -98,8 +99,7 @@ def _measure(run: stages.Run, num_plans: int, epochs: int | None) -> Fidelity:
     quick = QuickScore(candidate.model, candidate.traced, data, settings=recipe.prune, seed=recipe.seed)
     problem = channel_problem_of(candidate, recipe, quick)
     chosen = spread_over_ranks(_entries(run, problem), num_plans)
-    changes = {} if epochs is None else {"epochs": epochs, "warmup_epochs": min(recipe.finetune.warmup_epochs, epochs - 1)}
-    settings = TrainSettings(**recipe.finetune.model_dump() | changes)
+    settings = _settings(recipe, epochs)
     run.on_event(Event("fine-tune plans", 0, len(chosen)))
     tuned: list[Tuned] = []
     for entry in chosen:
@@ -111,17 +111,35 @@ def _measure(run: stages.Run, num_plans: int, epochs: int | None) -> Fidelity:
     return fidelity
 
 
+def _settings(recipe: Recipe, epochs: int | None) -> TrainSettings:
+    settings = TrainSettings(**recipe.finetune.model_dump())
+    if epochs is None:
+        return settings
+    return replace(settings, epochs=epochs, warmup_epochs=min(settings.warmup_epochs, epochs - 1))
+
+
 def _entries(run: stages.Run, problem: Problem) -> list[Entry]:
     """The scored plans within the budgets."""
-    with Ledger(run.directory.path / "ledger.sqlite") as ledger:
+    with Ledger(run.directory.path / LEDGER) as ledger:
         entries = [e for e in ledger.entries(problem) if problem.meets_budgets(problem.price(e.plan))]
-    if len(entries) < LEAST:
-        raise RunDirectoryError(
-            f"{run.directory.path} holds {len(entries)} scored plans within the budgets, and a correlation "
-            f"takes at least {LEAST}; finish its search with `autocompress run --resume {run.directory.path}`, "
-            "or score more plans (search.num_plans)"
-        )
+    _check_number(len(entries), run.directory.path)
     return entries
+
+
+def _num_scored(path: Path) -> int:
+    """Scored plans of all kinds: an upper bound that is known before the network is."""
+    if not (path / LEDGER).exists():
+        return 0
+    with Ledger(path / LEDGER) as ledger:
+        return len(ledger.entries())
+
+
+def _check_number(number: int, path: Path) -> None:
+    if number < LEAST:
+        raise RunDirectoryError(
+            f"{path} holds {number} scored plans within its budgets, and a correlation takes {LEAST}; "
+            "finish its search (autocompress run --resume), or let it score more plans (search.num_plans)"
+        )
 
 
 def _tuned(
@@ -144,6 +162,6 @@ def _tuned(
     return Tuned(entry.plan, entry.score, stored["accuracy"], entry.cost, stored["seconds"])
 
 
-def _digest(model: Any, settings: TrainSettings, seed: int) -> str:
+def _digest(model: nn.Module, settings: TrainSettings, seed: int) -> str:
     """Of all that decides what fine-tuning ends with, so that no other figure is taken for it."""
     return hashlib.sha256(f"{weights_digest(model)} {settings} {seed}".encode()).hexdigest()[:8]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -101,17 +101,21 @@ class Fidelity:
         """Headings and a row of text per plan, best quick score first."""
         score, accuracy = (len(self.tuned) + 1 - rankdata(side) for side in self._sides)
         rows = [
-            [t.plan.digest, percent(t.score, 4), f"{a:g}", percent(t.accuracy, 4), f"{b:g}", f"{t.seconds:.1f}"]
+            [
+                t.plan.digest,
+                percent(t.score, 4),
+                f"{a:g}",
+                percent(t.accuracy, 4),
+                f"{b:g}",
+                f"{t.seconds:.1f}",
+            ]
             for t, a, b in zip(self.tuned, score, accuracy, strict=True)
         ]
         return ["plan", "quick score", "rank", "fine-tuned", "rank", "seconds"], rows[::-1]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; a correlation that is not defined is null."""
-        plans = [
-            {"plan": t.plan.to_json(), "score": t.score, "accuracy": t.accuracy, "cost": dict(t.cost), "seconds": t.seconds}
-            for t in self.tuned
-        ]  # fmt: skip
+        plans = [asdict(t) | {"plan": t.plan.to_json()} for t in self.tuned]
         both = {
             name: {key: None if np.isnan(v) else float(v) for key, v in vars(correlation).items()}
             for name, correlation in (("spearman", self.spearman), ("pearson", self.pearson))
@@ -132,7 +136,9 @@ def write_fidelity(fidelity: Fidelity, directory: RunDirectory) -> None:
 def fidelity_figure(fidelity: Fidelity) -> Figure:
     """Accuracy after fine-tuning over the quick score, a dot per plan."""
     points = tuple((t.score, t.accuracy) for t in fidelity.tuned)
-    titles = tuple(f"{t.plan.digest}: quick {t.score:.2%}, fine-tuned {t.accuracy:.2%}" for t in fidelity.tuned)
+    titles = tuple(
+        f"{t.plan.digest}: quick {t.score:.2%}, fine-tuned {t.accuracy:.2%}" for t in fidelity.tuned
+    )
     x = Axis.over("quick score", [a for a, _ in points], share=True)
     label = f"search split, after {fidelity.epochs} epochs"
     y = Axis.over(label, [b for _, b in points], share=True)
@@ -145,15 +151,13 @@ def _shown(correlation: Correlation) -> str:
 
 
 def _correlation(x: Values, y: Values, measure: Callable[[Values, Values], float]) -> Correlation:
-    """With the 2.5th and 97.5th percentile over plans drawn with replacement; draws without spread are left out."""
+    """With its 2.5th and 97.5th percentile over plans drawn with replacement, as far as they differ."""
     rng = np.random.default_rng(0)
-    drawn = (rng.integers(len(x), size=len(x)) for _ in range(RESAMPLES))
-    values = [measure(x[d], y[d]) for d in drawn]
-    known = [value for value in values if not np.isnan(value)]
     value = measure(x, y)
     if np.isnan(value):
         return Correlation(value, value, value)
-    low, high = np.percentile(known, [2.5, 97.5])
+    drawn = (rng.integers(len(x), size=len(x)) for _ in range(RESAMPLES))
+    low, high = np.nanpercentile([measure(x[d], y[d]) for d in drawn], [2.5, 97.5])
     return Correlation(value, float(low), float(high))
 
 
