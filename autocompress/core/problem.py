@@ -107,8 +107,8 @@ class Problem:
             loss: one array of shape (choices,) per knob, 0 at the last choice. None when nothing is known.
         evaluate_many: scores several plans at once, as ``evaluate`` would one by one, which is what None
             stands for. :func:`autocompress.agents.evaluated_by` makes one of worker processes.
-        evaluate_fully: scores a plan by all there is to score it by, where ``evaluate`` takes a part of it;
-            None where that takes all.
+        evaluate_fully: scores a plan with more effort than ``evaluate`` takes, for the few best; None where
+            there is none to take.
 
     Raises:
         ValueError: no knobs, two knobs for one decision, or a budget that is still relative.

@@ -20,6 +20,7 @@ from autocompress.export.qcdq_file import count_int8, export_qcdq
 from autocompress.export.qonnx_file import export_qonnx
 from autocompress.export.qonnx_parity import QonnxParity, check_qonnx_parity
 from autocompress.export.quantised_parity import QuantisedParity, check_quantised_parity
+from autocompress.export.static_int8 import export_static_int8
 
 __all__ = [
     "CodebookWeight",
@@ -40,6 +41,7 @@ __all__ = [
     "export_onnx",
     "export_qcdq",
     "export_qonnx",
+    "export_static_int8",
     "measure_latency",
     "packed_weights",
     "read_packed",

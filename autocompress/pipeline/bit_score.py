@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,17 @@ from autocompress.pipeline.recipe_sections import QuantiseSettings
 from autocompress.quant import Calibration, QuantSettings, QuantTables, Skeleton
 from autocompress.quant.kmeans import CodebookTables
 from autocompress.quant.knobs import bit_knobs, reference_bits
+from autocompress.quant.qat import QatNetwork
 from autocompress.quant.sensitivity import sensitivity
-from autocompress.training import Data, evaluate, training_images, weights_digest
+from autocompress.training import (
+    Data,
+    TrainSettings,
+    evaluate,
+    fit,
+    subset,
+    training_images,
+    weights_digest,
+)
 
 SCORE_BATCH = 100
 """Images per forward pass: activations of most small networks then stay in the processor's cache."""
@@ -88,13 +98,38 @@ class BitScore:
 
     def __call__(self, plan: Plan, *, fully: bool = False) -> float:
         """``QuantiseSettings.score`` in [0, 1] on the search split, on all of it if ``fully``."""
-        scores = evaluate(
-            self.tables.network(plan),
-            self._data.search,
-            batch_size=SCORE_BATCH,
-            limit=None if fully else self._settings.score_images,
-        )
+        return self._scored(self.tables.network(plan), None if fully else self._settings.score_images)
+
+    def _scored(self, network: nn.Module, limit: int | None) -> float:
+        scores = evaluate(network, self._data.search, batch_size=SCORE_BATCH, limit=limit)
         return scores.accuracy if self._settings.score == "accuracy" else math.exp(-scores.loss)
+
+    def after_training(self, plan: Plan, settings: TrainSettings, steps: int) -> float:
+        """The score on all of the search split after some steps of training with rounding.
+
+        Rounding alone is a poor judge of plans that will be trained: a layer of two bits loses little more by
+        rounding than its neighbours and cannot be trained back, where four bits can. HAQ's released code
+        trains every plan for an epoch before it is scored; here that is for finalists.
+
+        Args:
+            plan: of bits.
+            settings: of training; the learning rate falls to 0 within the steps.
+            steps: batches to train on.
+        """
+        tables = self.tables
+        if isinstance(tables, CodebookTables):
+            return self(plan, fully=True)
+        order = torch.randperm(len(self._data.train), generator=torch.Generator().manual_seed(self._seed))
+        some = subset(self._data.train, order[: steps * settings.batch_size].numpy())
+        student = QatNetwork(tables, plan, self.training_images())
+        fit(
+            student,
+            replace(self._data, train=some),
+            replace(settings, epochs=1, warmup_epochs=0),
+            seed=self._seed,
+            teacher=tables.skeleton.graph_module,
+        )
+        return self._scored(student, None)
 
     def sensitivities(
         self, knobs: Sequence[Knob], reference: Plan
@@ -132,6 +167,7 @@ def bit_problem(
     costs: Costs,
     budgets: Sequence[Budget],
     pruned: Plan | None = None,
+    training: TrainSettings | None = None,
 ) -> Problem:
     """The search problem of choosing bits.
 
@@ -142,6 +178,8 @@ def bit_problem(
         costs: what plans cost.
         budgets: relative or absolute limits.
         pruned: channels that were removed before.
+        training: how the plan that is taken will be trained, and finalists for ``settings.finalist_steps``;
+            None where it will not.
 
     Raises:
         RecipeError: a ``keep`` pattern matches nothing, no layer is left to decide, or the target cannot run
@@ -162,11 +200,19 @@ def bit_problem(
         budgets=costs.resolve(budgets),
         price=costs.tabulated(knobs, base),
         evaluate=score or unscored,
-        evaluate_fully=partial(score, fully=True) if score and score.is_partial else None,
-        identity=f"bits {score.identity if score else ''} {costs.identity}",
+        evaluate_fully=_final_score(score, training, settings.finalist_steps) if score else None,
+        identity=f"bits {score.identity if score else ''} {costs.identity} {training or ''}",
         base=base,
         sensitivities=score.sensitivities(knobs, base) if score else None,
     )
+
+
+def _final_score(
+    score: BitScore, training: TrainSettings | None, steps: int
+) -> Callable[[Plan], float] | None:
+    if training is not None and steps:
+        return partial(score.after_training, settings=training, steps=steps)
+    return partial(score, fully=True) if score.is_partial else None
 
 
 def uniform_plan(graph: LayerGraph, bits: Bits, *, settings: QuantiseSettings) -> Plan:

@@ -18,6 +18,7 @@ _MEASURED = {
     "file_bytes": "ONNX file (bytes)",
     "latency_ms": "Latency (ONNX Runtime, ms)",
 }
+_FORMS = {"float32": "as float32", "int8": "as int8"}
 _ACCURACIES = {
     "accuracy": "Test accuracy",
     "accuracy_before_finetune": "Test accuracy pruned, before fine-tuning",
@@ -67,6 +68,10 @@ def _measured(result: Result) -> Iterator[Row]:
     for key, name in _MEASURED.items():
         if before.get(key) and key in after:
             yield name, number(before[key]), number(after[key]), _change(key, before[key], after[key])
+        for form, said in _FORMS.items():
+            old, new = before.get(f"{key}_{form}"), after.get(f"{key}_{form}")
+            if old and new and (old, new) != (before[key], after[key]):
+                yield f"{name} {said}", number(old), number(new), _change(key, old, new)
 
 
 def _predicted(result: Result) -> Iterator[Row]:

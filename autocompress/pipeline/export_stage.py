@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from autocompress.core import LayerGraph, Plan
-from autocompress.core.errors import InfeasibleBudgetError
+from autocompress.core.errors import ExportError, InfeasibleBudgetError
 from autocompress.export import (
     CodebookWeight,
     GridWeight,
@@ -21,6 +22,7 @@ from autocompress.export import (
     count_int8,
     export_onnx,
     export_qcdq,
+    export_static_int8,
     measure_latency,
     packed_weights,
     write_bit_json,
@@ -46,7 +48,8 @@ class Exported:
     """What the stage wrote and measured.
 
     Args:
-        before, after: file_bytes and latency_ms of the original and of the compressed network.
+        before, after: file_bytes and latency_ms of the files of the original and of the compressed network;
+            with ``_float32`` and ``_int8``, those of the same networks in either form.
         parity: agreement of ONNX Runtime with PyTorch, by name.
         files: name -> ``about`` in words, ``bytes``, and what else is known of it.
     """
@@ -57,7 +60,9 @@ class Exported:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def export(run: Run, candidate: Candidate, compressed: nn.Module, plan: Plan) -> Exported:
+def export(
+    run: Run, candidate: Candidate, compressed: nn.Module, plan: Plan, *, floating: nn.Module
+) -> Exported:
     """Write both networks as ONNX, check them against PyTorch, and measure size and latency.
 
     Args:
@@ -65,6 +70,7 @@ def export(run: Run, candidate: Candidate, compressed: nn.Module, plan: Plan) ->
         candidate: the network before.
         compressed: the network after; of Brevitas layers where the plan gives activations bits.
         plan: what was done.
+        floating: the compressed network before its layers got bits.
 
     Raises:
         ExportError: a file disagrees with PyTorch.
@@ -85,12 +91,11 @@ def export(run: Run, candidate: Candidate, compressed: nn.Module, plan: Plan) ->
         write = _write_integers if integers else _write_floats
         done.parity = write(compressed, paths["model"], images, settings.opset)
         run.on_event(Event("export", 2, 3))
-        latency = measure_latency(paths, input_shape=shape, runs=settings.latency_runs)
         about = {"original": "the network before, for ONNX Runtime", "model": "the network after, likewise"}
-        for name, figures in (("original", done.before), ("model", done.after)):
-            figures["file_bytes"] = float(paths[name].stat().st_size)
-            figures["latency_ms"] = latency[name].median_ms
-            done.files[paths[name].name] = _entry(paths[name], about[name])
+        done.files |= {path.name: _entry(path, about[name]) for name, path in paths.items()}
+        done.before, done.after = _speeds(
+            paths, floating if integers else None, images, settings.latency_runs
+        )
         if integers and settings.qonnx:
             done.files |= _hardware_files(candidate, compressed, plan, images, folder)
         if integers:
@@ -98,6 +103,39 @@ def export(run: Run, candidate: Candidate, compressed: nn.Module, plan: Plan) ->
             done.files[path.name] = _entry(path, "bits, scale and range of every tensor")
         run.on_event(Event("export", 3, 3))
     return done
+
+
+def _speeds(
+    paths: dict[str, Path], floating: nn.Module | None, images: Tensor, runs: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes and milliseconds of original and compressed network, as they are, in float and in 8 bits.
+
+    Args:
+        paths: of the two files.
+        floating: the compressed network in float where its file holds integers.
+        images: (N, C, H, W), for the ranges of the files in 8 bits.
+        runs: timed runs of each file.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = {("before", ""): paths["original"], ("after", ""): paths["model"]}
+        files["before", "_float32"], files["after", "_float32"] = paths["original"], paths["model"]
+        if floating is not None:
+            path = Path(folder) / "float32.onnx"
+            files["after", "_float32"] = export_onnx(floating, path, input_shape=_shape(images))
+            files["after", "_int8"] = paths["model"]
+        for when in ("before", "after") if floating is None else ("before",):
+            source = files[when, "_float32"]
+            try:
+                files[when, "_int8"] = export_static_int8(source, Path(folder) / f"{when}.onnx", images)
+            except ExportError as fault:
+                logger.warning("speed in 8 bits is left out: %s", fault)
+        distinct = {str(path): path for path in files.values()}
+        latency = measure_latency(distinct, input_shape=_shape(images), runs=runs)
+        figures: dict[str, dict[str, float]] = {"before": {}, "after": {}}
+        for (when, form), path in files.items():
+            figures[when][f"file_bytes{form}"] = float(path.stat().st_size)
+            figures[when][f"latency_ms{form}"] = latency[str(path)].median_ms
+    return figures["before"], figures["after"]
 
 
 def _entry(path: Path, about: str, **more: Any) -> dict[str, Any]:

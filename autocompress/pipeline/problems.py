@@ -18,6 +18,7 @@ from autocompress.pipeline.costs import Costs, share_for_first
 from autocompress.pipeline.quick_score import QuickScore, channel_problem
 from autocompress.pipeline.recipe import Recipe, SearchSettings, Stage
 from autocompress.trace import Trace
+from autocompress.training import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def bit_problem_of(
         costs=candidate.costs,
         budgets=[settings.budget for settings in recipe.budgets],
         pruned=pruned,
+        training=TrainSettings(**recipe.qat.model_dump()) if "qat" in recipe.stages else None,
     )
 
 

@@ -315,9 +315,10 @@ class SearchSettings(Section):
         num_plans: plans it may score; each baseline may score as many.
         settings: options of the algorithm itself.
         baselines: searches run beside it for comparison; the algorithm itself is left out.
-        finalists: where plans are scored on a part of the search split, so many of the best plans, and the
-            best of each search, are scored once more on all of it before one is taken; 0 for none. The best
-            of many scores on few images is partly luck.
+        finalists: so many of the best plans, and the best of each search, are scored once more before one is
+            taken, on all of the search split and, where they are of bits that stage qat trains, after some
+            training (``quantise.finalist_steps``); 0 for none. The best of many quick scores is partly luck,
+            and rounding alone does not tell what training will mend.
     """
 
     knobs: Annotated[tuple[Literal["arch", "channels", "bits"], ...], Strict(False)] = ("channels",)
@@ -403,6 +404,8 @@ class QuantiseSettings(Section):
         score_images: images of the search split that score a plan; null for all.
         sensitivity: how the loss of each choice is predicted for searches that ask (milp); null for not.
         keep: layers that keep the reference bits, as shell patterns.
+        finalist_steps: steps that each of the search's finalists is trained with rounding, as stage qat
+            trains, before it is scored once more on all of the search split; 0 for none.
         search: who looks for the bits.
     """
 
@@ -423,6 +426,7 @@ class QuantiseSettings(Section):
     score_images: Count | None = None
     sensitivity: Literal["measured", "hessian", "fisher"] | None = None
     keep: Names = ()
+    finalist_steps: int = Field(default=100, ge=0)
     search: BitSearchSettings = BitSearchSettings()
 
     @property

@@ -263,7 +263,7 @@ def run_stages(run: stages.Run) -> Result:
         model = stages.finetune(run, candidate, model)
         steps.append(Step("finetune", model, plan))
     check_prediction(candidate.costs(plan), model, run.prepared.data.input_shape)
-    score = None
+    score, floating = None, model
     if "quantise" in recipe.stages:
         plan, score = search_bits(run, candidate, model, plan)
     elif "bits" in recipe.search.knobs:
@@ -273,7 +273,7 @@ def run_stages(run: stages.Run) -> Result:
             steps.append(Step("quantise", score.tables.network(plan), plan))
         model = stages.qat(run, score, plan, model)
         steps.append(Step("qat" if "qat" in recipe.stages else "quantise", model, plan))
-    exported = export(run, candidate, model, plan)
+    exported = export(run, candidate, model, plan, floating=floating)
     run.directory.write_json("layers.json", layer_table(candidate, plan))
     run.directory.write_json("training.json", run.training)
     with run.timed("test"):

@@ -77,7 +77,7 @@ def calibrated(run: Run, model: nn.Module) -> BitScore:
 def search_plan(run: Run, stage: Stage, problem: Problem) -> Plan:
     """Run the stage's search, and its baselines with as many plans; the best plan of all is taken.
 
-    Where plans were scored on a part of the search split, the best are scored on all of it first.
+    Where plans can be scored with more effort, the best ones are before one is taken.
 
     Every evaluated plan is in the ledger before the next begins, so a repeated call fast-forwards.
     """
@@ -124,7 +124,7 @@ def search_plan(run: Run, stage: Stage, problem: Problem) -> Plan:
 def _finals(
     run: Run, stage: Stage, problem: Problem, results: Sequence[SearchResult], count: int
 ) -> list[Trial]:
-    """The best trials, scored on the whole search split; empty where they were already or none is wanted."""
+    """The best trials, scored with more effort; empty where there is none to take or none is wanted."""
     full = problem.finals()
     if full is None or count == 0:
         return []

@@ -15,7 +15,16 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from autocompress.core.errors import DataError, ExportError, RecipeError
-from autocompress.export import Latency, check_parity, export_onnx, latency, measure_latency
+from autocompress.export import (
+    Latency,
+    check_parity,
+    count_int8,
+    export_onnx,
+    export_static_int8,
+    latency,
+    measure_latency,
+)
+from autocompress.export.session import open_session, run_session
 
 SHAPE = (3, 32, 32)
 Alter = Callable[[onnx.ModelProto], None]
@@ -298,3 +307,27 @@ def test_importing_the_package_loads_neither_onnx_nor_its_runtime() -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("build", [_vgg_like, _grouped])
+def test_the_runtimes_own_8_bits_run_every_convolution_on_integers(
+    build: Callable[[], nn.Module], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, shape = _with_statistics(build()).eval(), (3, 32, 32)
+    images = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
+    source = export_onnx(model, tmp_path / "float.onnx", input_shape=shape)
+    caplog.clear()
+    path = export_static_int8(source, tmp_path / "int8.onnx", images)
+    assert not caplog.records
+    on_integers, convolutions = count_int8(path)
+    assert on_integers == convolutions == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    got = run_session(open_session(path), images.numpy())
+    expected = run_session(open_session(source), images.numpy())
+    assert np.abs(got - expected).max() < 0.1 * np.abs(expected).max()
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_a_file_that_cannot_be_quantised_is_an_export_error(tmp_path: Path, images: Tensor) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"no file")
+    with pytest.raises(ExportError, match="cannot quantise"):
+        export_static_int8(tmp_path / "broken.onnx", tmp_path / "int8.onnx", images)

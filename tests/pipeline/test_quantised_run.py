@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from autocompress.core.errors import CheckpointError, InfeasibleBudgetError, Uns
 from autocompress.export import read_packed
 from autocompress.hardware_sim import load_target
 from autocompress.pipeline import Event, Recipe, compress, load_compressed, resume, run_recipe
+from autocompress.pipeline.bit_score import BitScore, uniform_plan
+from autocompress.pipeline.recipe_sections import QuantiseSettings
 from autocompress.trace import trace
-from autocompress.training import evaluate, load_data
+from autocompress.training import TrainSettings, evaluate, fit, load_data, weights_digest
 from autocompress.zoo import build
 
 BOTH = """
@@ -70,6 +73,19 @@ def test_the_network_left_behind_is_the_one_that_was_measured_and_meets_the_budg
     assert {path.name for path in straight.iterdir()} >= FILES
 
 
+def test_speed_and_size_are_measured_in_float_and_in_8_bits(straight: Path) -> None:
+    result = json.loads((straight / "result.json").read_text())
+    before, after = result["before"], result["after"]
+    for key in ("file_bytes", "latency_ms"):
+        assert before[f"{key}_float32"] == before[key]
+        assert after[f"{key}_int8"] == after[key]
+        assert {k for k in after if k.startswith(key)} == {key, f"{key}_float32", f"{key}_int8"}
+    assert after["file_bytes_int8"] < after["file_bytes_float32"] < before["file_bytes_float32"]
+    assert before["file_bytes_int8"] < before["file_bytes_float32"]
+    assert "as int8" in (straight / "report.html").read_text()
+    assert {path.name for path in straight.glob("*.onnx")} == {"model.onnx", "original.onnx"}
+
+
 def test_the_plans_taken_are_the_best_of_the_finalists_on_the_whole_search_split(straight: Path) -> None:
     result = json.loads((straight / "result.json").read_text())
     trials = json.loads((straight / "trials.json").read_text())
@@ -81,12 +97,25 @@ def test_the_plans_taken_are_the_best_of_the_finalists_on_the_whole_search_split
         best = {max(found, key=lambda t: t["score"])["score"] for found in trials[stage].values()}
         quick = {json.dumps(t["plan"]): t["score"] for found in trials[stage].values() for t in found}
         assert best <= {quick[json.dumps(t["plan"])] for t in finals}
-        whole = len(load_data("digits").search)
-        assert (
-            all(abs(t["score"] * whole - round(t["score"] * whole)) < 1e-6 for t in finals)
-            or stage == "quantise"
-        )
-    assert len(load_data("digits").search) > 100  # the images of a quick score
+    whole = len(load_data("digits").search)
+    assert whole > 100  # the images of a quick score
+    for stage in ("prune", "quantise"):
+        rights = [trial["score"] * whole for trial in result["search"][stage]["finals"]]
+        assert rights == pytest.approx([round(right) for right in rights])
+
+
+def test_finalists_of_bits_are_trained_before_they_are_scored() -> None:
+    data, model = load_data("digits"), build("digits_vgg", num_classes=10, in_channels=1)
+    settings = TrainSettings(epochs=8, lr=0.05, batch_size=64)
+    fit(model, data, settings, seed=0)
+    score = BitScore(model, data, settings=QuantiseSettings(calibration_images=64), seed=0)
+    before = weights_digest(model), data.train
+    plan = uniform_plan(trace(model, (1, 8, 8)).graph, Bits(2, 2), settings=QuantiseSettings())
+    rounded, trained = score(plan), score.after_training(plan, replace(settings, lr=0.01), 15)
+    assert trained > rounded + 0.03
+    assert trained == score.after_training(plan, replace(settings, lr=0.01), 15)
+    assert score(plan) == rounded
+    assert (weights_digest(model), data.train) == before
 
 
 def test_the_onnx_file_runs_on_integers_and_agrees(straight: Path) -> None:
