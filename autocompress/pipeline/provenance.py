@@ -16,7 +16,6 @@ PACKAGES = (
     "autocompress",
     "torch",
     "torchvision",
-    "torch-pruning",
     "stable-baselines3",
     "gymnasium",
     "onnx",
