@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from autocompress.core import Bits, Budget, Knob, LayerGraph, Plan, Problem
 from autocompress.core.errors import RecipeError
 from autocompress.pipeline.costs import Costs
-from autocompress.pipeline.quick_score import calibration_batches, data_digest, takes_part, unscored
+from autocompress.pipeline.quick_score import (
+    SCORE_BATCH,
+    calibration_batches,
+    data_digest,
+    takes_part,
+    unscored,
+)
 from autocompress.pipeline.recipe_sections import QuantiseSettings
 from autocompress.quant import Calibration, QuantSettings, QuantTables, Skeleton
 from autocompress.quant.kmeans import CodebookTables
@@ -32,9 +38,6 @@ from autocompress.training import (
     training_images,
     weights_digest,
 )
-
-SCORE_BATCH = 100
-"""Images per forward pass: activations of most small networks then stay in the processor's cache."""
 
 STATISTICS_IMAGES = 2048
 """Images that BatchNorm's statistics are taken over before training with rounding."""

@@ -23,6 +23,8 @@ from autocompress.training.batches import spread
 log = logging.getLogger(__name__)
 
 CALIBRATION_BATCH = 128
+SCORE_BATCH = 100
+"""Images per forward pass: activations of most small networks then stay in the processor's cache."""
 DIGESTED = 64
 """Images of the search split that tell one data set from another."""
 
@@ -64,13 +66,18 @@ class QuickScore:
         """Whether plans are scored on a part of the search split."""
         return takes_part(self._settings.score_images, self._data)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self._settings.mixed_precision else torch.float32
+
     def build(self, plan: Plan) -> nn.Module:
         """The pruned and repaired copy a plan makes; deterministic."""
         small = compress_channels(
             self._model, plan, traced=self._traced, scores=self._scores, reconstruction=self._reconstruction
         )
         if self._settings.recalibrate_batches:
-            recalibrate_batchnorm(small, self._images[: self._settings.recalibrate_batches])
+            images = self._images[: self._settings.recalibrate_batches]
+            recalibrate_batchnorm(small, images, dtype=self._dtype)
         return small
 
     def __call__(self, plan: Plan, *, fully: bool = False) -> float:
@@ -78,8 +85,9 @@ class QuickScore:
         return evaluate(
             self.build(plan),
             self._data.search,
+            batch_size=SCORE_BATCH,
             limit=None if fully else self._settings.score_images,
-            dtype=torch.bfloat16 if self._settings.mixed_precision else torch.float32,
+            dtype=self._dtype,
         ).accuracy
 
 

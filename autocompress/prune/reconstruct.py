@@ -1,8 +1,8 @@
 """Least-squares repair of the layers that lost inputs, from Gram matrices computed once.
 
 A layer computes Y = X W^T from its input columns X (im2col for convolutions). When only the columns K stay,
-the weights that best reproduce Y are W' = W G[:, K] G[K, K]^-1 with G = X^T X, so that a plan costs one
-Cholesky solve per changed layer and no further look at the data.
+the weights that best reproduce Y are W' = W G[:, K] G[K, K]^-1 with G = X^T X. G and W G are computed once,
+so that a plan costs one Cholesky solve per changed layer and no further look at the data.
 
 Source: AMC (He et al., ECCV 2018), section 3.3, and He et al., "Channel Pruning for Accelerating Very Deep
 Neural Networks", ICCV 2017. Differs from AMC's released code in that it takes any kernel size (the code: 1x1
@@ -71,6 +71,7 @@ class Reconstruction:
                 raise DivergenceError(
                     f"the inputs of layer {name!r} are not finite on the calibration images"
                 )
+        self._cross = {name: gram @ self._weights[name].T for name, gram in self._grams.items()}
 
     def _collect(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
         def hook(module: nn.Module, args: Any, *, name: str) -> None:
@@ -141,15 +142,15 @@ class Reconstruction:
         gone: np.typing.NDArray[np.bool_],
         gone_out: np.typing.NDArray[np.bool_] | None,
     ) -> None:
-        gram, weight = self._grams[name], self._weights[name]
+        gram, weight, cross = self._grams[name], self._weights[name], self._cross[name]
         has_bias = layer.bias is not None
         per_channel = (gram.shape[0] - has_bias) // len(gone)
         stays = np.append(np.repeat(~gone, per_channel), [True] * has_bias)
         columns = torch.from_numpy(np.flatnonzero(stays)).to(gram.device)
         if gone_out is not None:
-            weight = weight[torch.from_numpy(np.flatnonzero(~gone_out)).to(weight.device)]
-        part = gram[columns]
-        inner = part[:, columns].clone()
+            outputs = torch.from_numpy(np.flatnonzero(~gone_out)).to(weight.device)
+            weight, cross = weight[outputs], cross[:, outputs]
+        inner = gram[columns][:, columns]
         ridge = self._ridge * inner.diagonal().mean()
         if ridge == 0:
             return  # the layer reads only zeros, so its weights make no difference
@@ -161,7 +162,7 @@ class Reconstruction:
                 "calibration images, or set prune.reconstruct: false"
             )
         # The ridge pulls towards the pruned weights instead of towards zero: a dead input changes nothing.
-        target = part @ weight.T + ridge * weight[:, columns].T
+        target = cross[columns] + ridge * weight[:, columns].T
         fitted = torch.cholesky_solve(target, factor).T
         with torch.no_grad():
             body = fitted[:, :-1] if has_bias else fitted

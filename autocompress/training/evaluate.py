@@ -124,7 +124,9 @@ def logits_of(model: nn.Module, x: Tensor, y: Tensor, *, dtype: torch.dtype = to
     return logits
 
 
-def recalibrate_batchnorm(model: nn.Module, inputs: Iterable[Tensor]) -> None:
+def recalibrate_batchnorm(
+    model: nn.Module, inputs: Iterable[Tensor], *, dtype: torch.dtype = torch.float32
+) -> None:
     """Replaces BatchNorm's running statistics by averages over some inputs, in place.
 
     Li et al., EagleEye, arXiv 2007.02491, section 3.3 (adaptive BatchNorm). Differs from the paper, which
@@ -133,6 +135,7 @@ def recalibrate_batchnorm(model: nn.Module, inputs: Iterable[Tensor]) -> None:
     Args:
         model: the network; all but the statistics stays as it was. Nothing happens without BatchNorm.
         inputs: batches of shape (N, C, H, W), of one size for equal weights.
+        dtype: ``torch.bfloat16`` runs under autocast with channels last; statistics stay in 32 bits.
 
     Raises:
         DataError: there are no inputs.
@@ -144,7 +147,14 @@ def recalibrate_batchnorm(model: nn.Module, inputs: Iterable[Tensor]) -> None:
     first = next(stream, None)
     if first is None:
         raise DataError("BatchNorm recalibration needs at least one batch of inputs, got none")
-    device = device_of(model)
+    device, low = device_of(model), dtype != torch.float32
+
+    def run(x: Tensor) -> None:
+        if low and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, dtype=dtype, enabled=low):
+            model(x.to(device))
+
     momenta = [layer.momentum for layer in layers]
     with kept_modes(model), torch.no_grad():
         model.eval()
@@ -153,9 +163,9 @@ def recalibrate_batchnorm(model: nn.Module, inputs: Iterable[Tensor]) -> None:
             layer.momentum = None  # a cumulative average
             layer.train()
         try:
-            model(first.to(device))
+            run(first)
             for x in stream:
-                model(x.to(device))
+                run(x)
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum

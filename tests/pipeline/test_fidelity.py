@@ -23,6 +23,7 @@ name: small
 model: digits_vgg
 data: digits
 threads: 1
+stages: [train, prune, finetune]
 budgets: {macs: 0.5}
 train: {epochs: 1, batch_size: 64}
 prune: {calibration_images: 64, recalibrate_batches: 1, score_images: 50}

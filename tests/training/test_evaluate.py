@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import subprocess
@@ -123,6 +124,22 @@ def test_recalibrated_statistics_are_those_of_the_inputs() -> None:
 def _normalised(x: Tensor) -> Tensor:
     mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, unbiased=False)
     return (x - mean) / (var + 1e-5).sqrt()
+
+
+def test_statistics_measured_in_bfloat16_are_those_in_32_bits_within_its_rounding() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8)
+    )
+    low, inputs = copy.deepcopy(model), torch.randn(4, 64, 3, 8, 8)
+    recalibrate_batchnorm(model, inputs)
+    recalibrate_batchnorm(low, inputs, dtype=torch.bfloat16)
+    for index in (1, 4):
+        spread = model[index].running_var.sqrt()
+        assert low[index].running_mean.dtype == low[index].running_var.dtype == torch.float32
+        assert not torch.equal(low[index].running_mean, model[index].running_mean)
+        assert ((low[index].running_mean - model[index].running_mean).abs() / spread).max() < 0.01
+        assert (low[index].running_var / model[index].running_var - 1).abs().max() < 0.02
 
 
 def test_recalibration_without_inputs_is_refused_and_keeps_the_statistics() -> None:
