@@ -1,10 +1,19 @@
 """Every search on the water-filling problem, whose best score is known.
 
+The uniform plan scores 0.368 (1/e) on every instance; what the best plan scores depends on how unlike the
+layers of an instance are: over 500 instances 0.577 on average, with a standard deviation of 0.077. That is no
+limit of the knobs: whole percents from 20 to 100 lose less than 0.001. The yardstick was measured elsewhere,
+on four instances of other made-up layers whose mean best score is 0.622: random search 0.474, AMC's DDPG
+0.516 (0.565 with 800 plans) and CMA-ES 0.593, with 400 plans. To be comparable, the instances here are the
+first four from seed 100 on whose best score is within 0.01 of 0.622. The goal of 0.59 is 0.949 of the best
+score, and 0.874 of the way to it from the uniform plan (``closed``).
+
 Prints one table, and puts its rows into results/search-closed-form-<machine>-torch<version>.csv: mean over
-instances of the best score, the lowest best score, the score of the actor's own episode, the mean score of
-all trials and the CPU seconds per search. ``ddpg-plain`` does not imitate its best episodes; ``ddpg-wide``
-has AMC's noise and layer sizes as well. The settings of DDPG were chosen on instances 0 to 3, so the table is
-made on others. Run: python benchmarks/search_closed_form.py [num_plans [search ...]]
+instances of the best score found, the lowest of them, how much of the way from the uniform to the best score
+was gone (``closed``: mean; ``lowest_closed``), the score of the actor's own episode, the mean score of all
+trials and the CPU seconds per search. ``ddpg-plain`` neither follows nor imitates its best plans;
+``ddpg-wide`` has AMC's noise, layer sizes and gradient steps as well. The settings of DDPG were chosen on
+instances 0 to 7. Run: python benchmarks/search_closed_form.py [num_plans [search ...]]
 """
 
 from __future__ import annotations
@@ -21,8 +30,11 @@ import torch
 from autocompress.agents import SEARCHES, make_search
 from autocompress.testing import waterfilling_problem
 
-INSTANCES = range(100, 104)
-COLUMNS = ("search", "plans", "best", "lowest_best", "policy", "mean", "optimum", "seconds")
+INSTANCES = (101, 113, 117, 141)
+COLUMNS = (
+    *("search", "plans", "best", "lowest_best", "closed", "lowest_closed", "policy", "mean", "optimum"),
+    "seconds",
+)
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,8 +42,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     for name in SEARCHES
     if name != "milp"  # for bits only
 } | {
-    "ddpg-plain": ("ddpg", {"imitation_steps": 0}),
-    "ddpg-wide": ("ddpg", {"imitation_steps": 0, "sigma": 0.5, "hidden": (300, 300)}),
+    "ddpg-plain": ("ddpg", {"imitation_steps": 0, "follow_best": False}),
+    "ddpg-wide": (
+        "ddpg",
+        {
+            **{"imitation_steps": 0, "follow_best": False, "sigma": 0.5, "hidden": (300, 300)},
+            **{"learning_rate": 1e-3, "batch_size": 64, "updates": 14},
+        },
+    ),
 }
 
 
@@ -39,14 +57,15 @@ def measure(label: str, num_plans: int) -> dict[str, float | str]:
     name, settings = VARIANTS[label]
     rows = []
     for seed in INSTANCES:
-        problem, optimum, _ = waterfilling_problem(seed)
+        problem, optimum, uniform = waterfilling_problem(seed)
         start = time.process_time()
         result = make_search(name, settings)(problem, num_plans=num_plans, seed=seed)
         seconds = time.process_time() - start
         scores = [trial.score for trial in result.trials]
         policy = scores[-1] if result.policy else float("nan")
-        rows.append((max(scores), policy, sum(scores) / len(scores), optimum, seconds))
-    best, policy, mean, optimum, seconds = (
+        closed = (max(scores) - uniform) / (optimum - uniform)
+        rows.append((max(scores), closed, policy, sum(scores) / len(scores), optimum, seconds))
+    best, closed, policy, mean, optimum, seconds = (
         sum(column) / len(INSTANCES) for column in zip(*rows, strict=True)
     )
     return {
@@ -54,6 +73,8 @@ def measure(label: str, num_plans: int) -> dict[str, float | str]:
         "plans": num_plans,
         "best": best,
         "lowest_best": min(row[0] for row in rows),
+        "closed": closed,
+        "lowest_closed": min(row[1] for row in rows),
         "policy": policy,
         "mean": mean,
         "optimum": optimum,
@@ -84,11 +105,11 @@ def main() -> None:
     labels = sys.argv[2:] or list(VARIANTS)
     if unknown := set(labels) - set(VARIANTS):
         sys.exit(f"no search {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
-    print("".join(f"{column:>12}" for column in COLUMNS))
+    print("".join(f"{column:>14}" for column in COLUMNS))
     for label in labels:
         row = measure(label, num_plans)
         print(
-            "".join(f"{v:>12.3f}" if isinstance(v, float) else f"{v:>12}" for v in row.values()),
+            "".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in row.values()),
             flush=True,
         )
         write([row])

@@ -13,14 +13,18 @@ Algorithm = Literal["ddpg", "td3", "sac"]
 
 HAQ_SETTINGS: dict[str, Any] = {
     "hidden": (300, 300),
+    "learning_rate": 1e-3,
+    "batch_size": 64,
+    "updates": 100,
     "sigma": 0.5,
     "sigma_end": 0.004,
     "imitation_steps": 0,
+    "follow_best": False,
     "warm_start": False,
 }
 """HAQ's settings of ``ddpg`` where they differ from the defaults and are settings here. Its released code
-explores with 0.5 times 0.99 per episode for 600 episodes, learns with 1e-4 (actor) and 1e-3 (critic), and
-warms up with 20 random episodes."""
+explores with 0.5 times 0.99 per episode for 600 episodes, learns with 1e-4 (actor) and 1e-3 (critic), takes
+one step per decision (about a hundred in MobileNetV2), and warms up with 20 random episodes."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,13 @@ class ActorCriticSearch:
     """Learns a network that maps what is known of a knob to its choice; base of DDPG, TD3 and SAC.
 
     Channels are decided in a ``ChannelPruningEnv``, bits in a ``MixedPrecisionEnv`` that sweeps. Plans in
-    order: the uniform ones; warm-up plans (a quarter of all, at most 100); plans explored around the actor;
-    last, the actor's own deterministic episode, which is ``SearchResult.policy``. Warm-up plans are, in turn,
-    jittered around the uniform one and wholly random; of bits, with ``warm_start``, they are those of
-    ``milp``, which come before the uniform ones. Trials are marked ``uniform``, ``jitter``, ``warm-up``,
-    ``explore`` and ``policy``, those of ``milp`` as there.
+    order: the uniform ones; warm-up plans (a quarter of all, at most 100); explored plans, in turn around the
+    best plan so far and around the actor's; last, the actor's own deterministic episode, which is
+    ``SearchResult.policy``. Warm-up plans are, in turn, jittered around the uniform one and wholly random; of
+    bits, with ``warm_start``, they are those of ``milp``, which come before the uniform ones. Trials are
+    marked ``uniform``, ``jitter``, ``warm-up``, ``explore`` and ``policy``, those of ``milp`` as there.
 
-    Exploration adds truncated normal noise to the fractions the actor chooses. Its standard deviation
+    Exploration adds truncated normal noise to the fractions of that plan. Its standard deviation
     falls exponentially from ``sigma`` after the warm-up to ``sigma_end`` at 80 % of the plans. All but
     the last plan are moved together to spend the budget.
 
@@ -43,8 +47,10 @@ class ActorCriticSearch:
         learning_rate: of actor and critic (Adam).
         batch_size: transitions per gradient step.
         sigma, sigma_end: standard deviation of the exploration, in fractions of the choices.
-        updates_per_step: gradient steps of actor and critic per decision, taken after each episode.
-        imitation_steps: further steps of the actor per decision, towards the actions of the best episodes.
+        updates: gradient steps of actor and critic after each plan.
+        imitation_steps: further steps of the actor after each plan, towards the actions of the best plans.
+        follow_best: whether every second explored plan is around the best plan so far; else all are around
+            the actor's.
         warm_start: whether the first plans of bits are those of the search ``milp``, but for its measuring of
             single knobs. Changes nothing for channels.
 
@@ -53,12 +59,13 @@ class ActorCriticSearch:
     """
 
     hidden: tuple[int, ...] = (64, 64)
-    learning_rate: float = 1e-3
-    batch_size: int = 64
+    learning_rate: float = 3e-3
+    batch_size: int = 256
     sigma: float = 0.25
     sigma_end: float = 0.05
-    updates_per_step: int = 1
-    imitation_steps: int = 4
+    updates: int = 4
+    imitation_steps: int = 16
+    follow_best: bool = True
     warm_start: bool = True
 
     algorithm: ClassVar[Algorithm]
@@ -70,16 +77,13 @@ class ActorCriticSearch:
             ("batch_size must be a whole number >= 1", self.batch_size, is_count(self.batch_size)),
             ("sigma must be in (0, 1]", self.sigma, is_share(self.sigma)),
             ("sigma_end must be in (0, 1]", self.sigma_end, is_share(self.sigma_end)),
-            (
-                "updates_per_step must be a whole number >= 1",
-                self.updates_per_step,
-                is_count(self.updates_per_step),
-            ),
+            ("updates must be a whole number >= 1", self.updates, is_count(self.updates)),
             (
                 "imitation_steps must be a whole number >= 0",
                 self.imitation_steps,
                 is_count(self.imitation_steps, 0),
             ),
+            ("follow_best must be true or false", self.follow_best, isinstance(self.follow_best, bool)),
             ("warm_start must be true or false", self.warm_start, isinstance(self.warm_start, bool)),
         ]
         check_settings(self.algorithm, rules)

@@ -1,8 +1,8 @@
 """DDPG, TD3 and SAC on layer-wise episodes: the only door to stable-baselines3.
 
 Source: He et al., "AMC", ECCV 2018, section 3.3 and its released code: every transition of an episode
-carries the episode's final reward, the bounded action is what is stored, one gradient step per
-transition after each episode, gamma 1. Differs from the paper in
+carries the episode's final reward, the bounded action is what is stored, gradient steps are taken after each
+episode, gamma 1. Differs from the paper in
 
 * the target: each transition regresses on the final reward itself; adding the critic's value of the next
   state on top would count the same reward once per remaining layer. The target networks, and with them
@@ -11,15 +11,17 @@ transition after each episode, gamma 1. Differs from the paper in
   instead of subtracting a moving average;
 * imitation: after the critic's steps, the actor also takes steps towards the stored actions of the best
   twentieth of the episodes, as in Oh et al., "Self-Imitation Learning", ICML 2018 (there weighted by
-  advantage). On the water-filling problem (benchmarks/search_closed_form.py, 400 plans, optimum 0.614)
-  they raise the actor's own score from 0.484 to 0.595; there, imitation without the critic did about as
-  well. ``imitation_steps=0`` turns them off;
-* exploration: noise is scaled by a common factor that spends the budget, so that no layer starves;
-  it starts at 0.25 where AMC starts at 0.5;
+  advantage). ``imitation_steps=0`` turns them off;
+* exploration: every second plan explores around the best plan so far instead of the actor's, which is what
+  carries the result on problems whose optimum is known (docs/decisions/0005); ``follow_best=False`` turns it
+  off. Noise is scaled by a common factor that spends the budget, so that no layer starves; it starts at 0.25
+  where AMC starts at 0.5;
 * warm-up: the uniform plans and jittered copies are among the warm-up plans; those of bits come from an
   integer program that learns from scores (``warm_start``), which is worth more than all the rest here
   (docs/decisions/0007);
 * bits: HAQ's sweep keeps the budget, and the bits it leaves are what is stored as the action, not the wish;
+* few gradient steps with large batches, a fixed number per plan, where AMC takes one per transition: with a
+  hundred knobs the search itself would else take longer than many a score;
 * one learning rate and 64 units where AMC has 1e-4 (actor), 1e-3 (critic) and 300 units.
 
 The networks are tiny, so they stay on the CPU, where results are equal for equal seeds.
@@ -154,10 +156,9 @@ class Learner:
 
     def learn(self) -> None:
         """Gradient steps for one episode."""
-        steps = self._num_steps * self._settings.updates_per_step
         with self._own_random_numbers():
-            self.model.train(gradient_steps=steps, batch_size=self._settings.batch_size)
-        for _ in range(self._num_steps * self._settings.imitation_steps):
+            self.model.train(gradient_steps=self._settings.updates, batch_size=self._settings.batch_size)
+        for _ in range(self._settings.imitation_steps):
             self._imitate()
         if not all(bool(p.isfinite().all()) for p in self.model.policy.parameters()):
             raise DivergenceError(
@@ -209,16 +210,21 @@ def search(
     rng = np.random.default_rng([seed, 0])
     warm_up = WarmUp(problem, rng, seed=seed, planned=settings.warm_start)
     num_warmup = max(1, min(100, num_plans // 4), min(warm_up.num_fixed, num_plans - 1))
-    trials = []
+    trials: list[Trial] = []
+    best: Episode | None = None
     for index in range(num_plans - 1):
         if index < num_warmup:
             source, values = warm_up.propose()
         else:
             sigma = _sigma(settings, (index - num_warmup) / max(_EXPLORED_SHARE * num_plans - num_warmup, 1))
-            fractions = _noisy(play(rehearsal, learner.act), sigma, rng)
+            follows = settings.follow_best and (index - num_warmup) % 2 == 0
+            around = best if best and follows else play(rehearsal, learner.act)
+            fractions = _noisy(around, sigma, rng)
             source, values = "explore", scaled_to_budget(problem, fractions.tolist())
         episode = play(env, _fixed(problem, values))
         learner.remember(episode)
+        if best is None or episode.trial.score > best.trial.score:
+            best = episode
         trials.append(recorded(replace(episode.trial, index=index, source=source), callbacks))
         if index < num_warmup:
             warm_up.observe(values, episode.trial.score)

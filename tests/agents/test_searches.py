@@ -12,7 +12,16 @@ from hawq_problem import hawq_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autocompress.agents import SEARCHES, Greedy, MilpSearch, RandomSearch, Uniform, make_search, sb3
+from autocompress.agents import (
+    HAQ_SETTINGS,
+    SEARCHES,
+    Greedy,
+    MilpSearch,
+    RandomSearch,
+    Uniform,
+    make_search,
+    sb3,
+)
 from autocompress.agents.scaling import scaled_to_budget, uniform_assignments
 from autocompress.core import Budget, Cost, Knob, Ledger, Problem
 from autocompress.core.errors import DivergenceError, InfeasibleBudgetError, RecipeError
@@ -208,6 +217,37 @@ def test_the_trained_actor_beats_random_search_and_its_best_beats_uniform():
     assert learned.trials[-1].plan == learned.policy
     assert learned.trials[-1].score > (np.mean(scores) + best) / 2
     assert learned.best.score > max(uniform, *scores)
+
+
+@pytest.mark.parametrize("make_problem", [waterfilling_problem, bits_problem])
+def test_ddpg_is_not_beaten_by_random_or_uniform_plans_from_50_plans_on(make_problem):
+    for seed in (20, 21):
+        problem = make_problem(seed)[0]
+        found = make_search("ddpg", {})(problem, num_plans=50, seed=seed).best.score
+        for name in ("random", "uniform"):
+            assert found > make_search(name, {})(problem, num_plans=50, seed=seed).best.score
+
+
+def test_every_second_explored_plan_is_around_the_best_so_far():
+    problem, *_ = waterfilling_problem(5, num_layers=4)
+    still = {"sigma": 1e-4, "sigma_end": 1e-4}
+    trials = make_search("ddpg", still)(problem, num_plans=30, seed=0).trials
+    alone = make_search("ddpg", still | {"follow_best": False})(problem, num_plans=30, seed=0).trials
+    explored = [trial.index for trial in trials if trial.source == "explore"]
+
+    def distance(first, second):  # after scaling to the budget, which may move a channel or two
+        return max(abs(n - second.plan.channels[name]) for name, n in first.plan.channels.items())
+
+    def from_best(tried, i):
+        return distance(tried[i], max(tried[:i], key=lambda trial: trial.score))
+
+    assert all(from_best(trials, i) <= 2 for i in explored[::2])
+    assert from_best(alone, explored[0]) > 2
+
+
+def test_haqs_settings_are_settings_of_ddpg():
+    search = make_search("ddpg", HAQ_SETTINGS)
+    assert {name: getattr(search, name) for name in HAQ_SETTINGS} == HAQ_SETTINGS
 
 
 def test_the_final_reward_reaches_every_transition_of_an_episode():
