@@ -17,7 +17,7 @@ _WARM_UP_RUNS = 5  # the first runs allocate memory and pack weights
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall time of one image in milliseconds: median, 10th and 90th percentile of ``runs`` runs."""
+    """Time of one image in milliseconds: median, 10th and 90th percentile of ``runs`` runs."""
 
     median_ms: float
     p10_ms: float
@@ -31,7 +31,8 @@ def measure_latency(
     """Time ONNX files at batch 1 in ONNX Runtime on the CPU.
 
     The files take turns within one loop: a machine's speed drifts, and files measured one after the other
-    would each see another machine.
+    would each see another machine. With one thread it is that thread's CPU time: wall time on an idle machine,
+    and little more where other programs take turns. Several threads have wall time.
 
     Args:
         files: name -> ONNX file.
@@ -55,13 +56,14 @@ def measure_latency(
         raise RecipeError(faults)
     image = np.random.default_rng(0).standard_normal((1, *input_shape), dtype=np.float32)
     sessions = {name: open_session(path, threads=threads) for name, path in files.items()}
+    clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
     milliseconds: dict[str, list[float]] = {name: [] for name in files}
     for turn in range(_WARM_UP_RUNS + runs):
         for name, session in sessions.items():
-            start = time.perf_counter_ns()
+            start = clock()
             run_session(session, image)
             if turn >= _WARM_UP_RUNS:
-                milliseconds[name].append((time.perf_counter_ns() - start) / 1e6)
+                milliseconds[name].append((clock() - start) / 1e6)
     return {name: _summary(times) for name, times in milliseconds.items()}
 
 

@@ -267,8 +267,9 @@ def test_images_that_could_not_show_a_difference_are_refused(
         check_parity(*plain, images)
 
 
+@pytest.mark.parametrize(("threads", "name"), [(1, "thread_time_ns"), (2, "perf_counter_ns")])
 def test_files_take_turns_and_warm_up_runs_are_not_counted(
-    plain: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch
+    plain: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch, threads: int, name: str
 ) -> None:
     clock, order = [0], []
 
@@ -277,8 +278,8 @@ def test_files_take_turns_and_warm_up_runs_are_not_counted(
         clock[0] += 1_000_000 * len(order)
 
     monkeypatch.setattr(latency, "run_session", slower_each_time)
-    monkeypatch.setattr(latency.time, "perf_counter_ns", lambda: clock[0])
-    measured = measure_latency({"a": plain[1], "b": plain[1]}, input_shape=SHAPE, runs=11)
+    monkeypatch.setattr(latency.time, name, lambda: clock[0])
+    measured = measure_latency({"a": plain[1], "b": plain[1]}, input_shape=SHAPE, runs=11, threads=threads)
     # Five warm-up turns are ten runs; then a takes 11, 13, ..., 31 ms and b 12, 14, ..., 32 ms.
     assert measured == {"a": Latency(21.0, 13.0, 29.0, 11), "b": Latency(22.0, 14.0, 30.0, 11)}
     assert order == [order[0], order[1]] * 16
