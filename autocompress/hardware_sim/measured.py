@@ -136,6 +136,36 @@ class Measured(HardwareModel):
         if faults := _faults(self.ns_per, self.between_ns_per, self.held_out_error):
             raise ValueError("; ".join(faults))
 
+    def scaled(self, factors: Mapping[int, float]) -> Measured:
+        """The same machine with all times of a precision multiplied.
+
+        Args:
+            factors: bits -> factor; 1 where a precision is not named.
+
+        Raises:
+            ValueError: a factor is not positive and finite, or of a precision that was not measured.
+        """
+        faults = [
+            f"factor of {bits} bits must be > 0 and finite, got {factor}"
+            for bits, factor in factors.items()
+            if not 0 < factor < math.inf
+        ]
+        faults += [f"{bits} bits were not measured" for bits in factors if bits not in self.ns_per]
+        if faults:
+            raise ValueError("; ".join(faults))
+
+        def times(cell: _CELL, bits: int) -> _CELL:
+            return {term: constant * factors.get(bits, 1.0) for term, constant in cell.items()}
+
+        return replace(
+            self,
+            ns_per={
+                bits: {kind: times(cell, bits) for kind, cell in cells.items()}
+                for bits, cells in self.ns_per.items()
+            },
+            between_ns_per={bits: times(cell, bits) for bits, cell in self.between_ns_per.items()},
+        )
+
     def layer_costs(self, table: LayerTable) -> LayerCosts:
         """Latency of every layer; ``extra`` splits it into ``kernel_ms`` and ``between_ms``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,6 +97,14 @@ class Costs:
             reference = recipe.bits.bits
         target = load_target(recipe.target) if recipe.target else None
         return cls(graph, target, bits=bits_of(recipe), reference_bits=reference, original=original)
+
+    def on(self, target: HardwareModel) -> Costs:
+        """The same network's costs on another machine."""
+        made = copy.copy(self)
+        made.target = target
+        for cached in ("reference", "original", "identity"):
+            made.__dict__.pop(cached, None)
+        return made
 
     def __call__(self, plan: Plan) -> Cost:
         """The cost of a plan, with the share of each layer.

@@ -15,6 +15,7 @@ from autocompress.core import Ledger, Problem
 from autocompress.core.errors import RecipeError, RunDirectoryError
 from autocompress.core.ledger import Entry
 from autocompress.pipeline import stages
+from autocompress.pipeline.anchor import anchor
 from autocompress.pipeline.arch_stage import search_architecture
 from autocompress.pipeline.fidelity_outcome import Fidelity, Tuned, write_fidelity
 from autocompress.pipeline.prepare import prepare
@@ -91,6 +92,7 @@ def _check(recipe: Recipe, path: Path) -> None:
 
 def _measure(run: stages.Run, num_plans: int, epochs: int | None) -> Fidelity:
     check_inputs(run)
+    anchor(run)
     if run.prepared.architectures:
         found = search_architecture(run, run.prepared.architectures)
         run.prepared = replace(run.prepared, candidates=(found,))

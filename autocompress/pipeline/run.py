@@ -24,6 +24,7 @@ from autocompress.core.errors import (
 from autocompress.export import read_packed
 from autocompress.pipeline import stages
 from autocompress.pipeline.alone import compare_alone
+from autocompress.pipeline.anchor import anchor
 from autocompress.pipeline.arch_stage import search_architecture
 from autocompress.pipeline.architectures import space_of
 from autocompress.pipeline.export_stage import PACKED, export
@@ -246,6 +247,7 @@ def check_inputs(run: stages.Run) -> None:
 def run_stages(run: stages.Run) -> Result:
     """Every stage of a run, and what they leave in its folder."""
     check_inputs(run)
+    anchor(run)
     recipe = run.prepared.recipe
     if run.prepared.architectures:
         found = search_architecture(run, run.prepared.architectures)

@@ -11,6 +11,7 @@ from autocompress.agents import ALONE, Workers
 from autocompress.core import Metric, Result, Trial
 from autocompress.core.errors import InfeasibleBudgetError, RecipeError, RunDirectoryError
 from autocompress.pipeline import stages
+from autocompress.pipeline.anchor import ANCHOR, anchor
 from autocompress.pipeline.charts import series_figure
 from autocompress.pipeline.comparison import number
 from autocompress.pipeline.plots import percent
@@ -129,6 +130,7 @@ def _prepare(recipe: Recipe) -> Prepared:
 
 def _run(run: stages.Run) -> SeriesResult:
     check_inputs(run)
+    anchor(run)
     recipe = run.prepared.recipe
     candidate = stages.train(run)
     given = recipe.model_copy(update={"stages": tuple(s for s in recipe.stages if s != "train")})
@@ -146,6 +148,8 @@ def _run(run: stages.Run) -> SeriesResult:
                 {candidate.name: copy.deepcopy(candidate.model)}, run.prepared.data, member
             )
             with _directory(path, member) as directory:
+                if (known := run.directory.read_json(ANCHOR)) is not None:
+                    directory.write_json(ANCHOR, known)
                 run_stages(
                     stages.Run(
                         prepared, directory, on_event, run.workers, ledger=ledger, earlier=_frozen(earlier)
