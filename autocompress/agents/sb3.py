@@ -17,8 +17,7 @@ episode, gamma 1. Differs from the paper in
   off. Noise is scaled by a common factor that spends the budget, so that no layer starves; it starts at 0.25
   where AMC starts at 0.5;
 * warm-up: the uniform plans and jittered copies are among the warm-up plans; those of bits come from an
-  integer program that learns from scores (``warm_start``), which is worth more than all the rest here
-  (docs/decisions/0007);
+  integer program that learns from scores (``warm_start``, docs/decisions/0007);
 * bits: HAQ's sweep keeps the budget, and the bits it leaves are what is stored as the action, not the wish;
 * few gradient steps with large batches, a fixed number per plan, where AMC takes one per transition: with a
   hundred knobs the search itself would else take longer than many a score;
