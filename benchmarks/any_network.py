@@ -78,6 +78,7 @@ def image_size(name: str) -> int:
         "inception*": 96,
         "alexnet": 64,
         "vit_h_14": 56,
+        "ssd300*": 300,
         "ssd*": 128,
     }
     return next((size for pattern, size in sizes.items() if fnmatch.fnmatch(name, pattern)), 64)
@@ -182,6 +183,8 @@ def randomise(model: nn.Module) -> None:
             nn.init.normal_(module.bias, 0, 0.2)
             nn.init.normal_(module.running_mean, 0, 0.2)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
+        if isinstance(scale := getattr(module, "layer_scale", None), nn.Parameter):
+            nn.init.uniform_(scale, 0.5, 1.5)  # ConvNeXt's starts at 1e-6, which would hide its blocks
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -372,9 +372,9 @@ def check_joint(search: SearchSettings, stages: Sequence[str]) -> None:
 class BitSearchSettings(SearchSettings):
     """Who looks for bits, and for how long.
 
-    ``milp`` by default: on ResNet-20, in the mean of three seeds, its plans kept more accuracy than uniform
-    bits of equal cost on BISMO and FINN, with half of the evaluations of DDPG; on BitFusion no search did
-    (benchmarks/resnet20_bits.py).
+    ``milp`` by default: on ResNet-20, in the mean of three seeds, its plans ended with more accuracy than
+    uniform bits of equal latency on BISMO, with half of the evaluations of DDPG; on BitFusion it returned the
+    uniform plan, and DDPG found none better (benchmarks/resnet20_bits.py).
     """
 
     algorithm: Algorithm = "milp"
