@@ -95,7 +95,7 @@ class StoppedError(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", ["2/3 prune random", "2/3 finetune", "1/3 prune finals"])
+@pytest.mark.parametrize("at", ["2/3 finetune", "1/3 prune finals"])
 def test_a_stopped_series_ends_as_if_it_had_not_been(straight: SeriesResult, tmp_path: Path, at: str) -> None:
     def stop(event: Event) -> None:
         if event.stage == at and event.done:
