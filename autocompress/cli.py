@@ -540,7 +540,6 @@ def _show_reach(candidate: Candidate, stage: str, problem: Problem) -> None:
 
 
 def _show_budgets(candidate: Candidate, stage: str, problem: Problem) -> None:
-    problem.reachable()
     for budget in problem.budgets:
         share = budget.limit / candidate.costs.original.totals.get(budget.metric, math.nan)
         of = f" ({share:.1%} of the original)" if math.isfinite(share) else ""

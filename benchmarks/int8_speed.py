@@ -23,17 +23,21 @@ import random
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torchvision
-from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
 from autocompress.core import Bits, Plan
-from autocompress.export import check_quantised_parity, count_int8, export_onnx, export_qcdq
+from autocompress.export import (
+    check_quantised_parity,
+    count_int8,
+    export_onnx,
+    export_qcdq,
+    export_static_int8,
+)
 from autocompress.export.session import open_session, run_session
 from autocompress.quant import Calibration, QuantSettings, QuantTables, Skeleton, quantize
 
@@ -41,18 +45,6 @@ NETWORKS = ("resnet18", "mobilenet_v2", "vgg16")
 SHAPE = (3, 224, 224)
 WARM_UP_RUNS = 5
 COLUMNS = ("network", "file", "cpu_ms", "p10_ms", "ratio", "int8", "convolutions", "parity", "megabytes")
-
-
-class Images(quantization.CalibrationDataReader):
-    """Calibration images, one at a time."""
-
-    def __init__(self, images: Tensor) -> None:
-        self._batches = iter(images.split(1))
-
-    def get_next(self) -> dict[str, Any] | None:
-        """The next image, or None."""
-        batch = next(self._batches, None)
-        return None if batch is None else {"images": batch.numpy()}
 
 
 def network(name: str, images: Tensor) -> nn.Module:
@@ -69,16 +61,7 @@ def write_files(model: nn.Module, images: Tensor, folder: Path) -> tuple[dict[st
     files = {"float32": export_onnx(model, folder / "float32.onnx", input_shape=SHAPE)}
     prepared = folder / "prepared.onnx"
     quant_pre_process(files["float32"], prepared)
-    files["onnxruntime w8a8"] = folder / "own.onnx"
-    quantization.quantize_static(
-        prepared,
-        files["onnxruntime w8a8"],
-        Images(images),
-        quant_format=quantization.QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=quantization.QuantType.QUInt8,
-        weight_type=quantization.QuantType.QInt8,
-    )
+    files["onnxruntime w8a8"] = export_static_int8(prepared, folder / "own.onnx", images)
     skeleton = Skeleton(model)
     tables = QuantTables(skeleton, Calibration(skeleton, images.split(4), QuantSettings(weight_range="max")))
     draw = random.Random(0)

@@ -15,24 +15,21 @@ from __future__ import annotations
 
 import argparse
 import csv
-import logging
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
 import torchvision
 from numpy.typing import NDArray
-from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from scipy.optimize import minimize
 
 from autocompress.core import Bits, LayerSpec
-from autocompress.export import export_onnx
+from autocompress.export import export_onnx, export_static_int8
 from autocompress.export.layer_bench import PRECISIONS, Timing, chain_model, time_networks
 from autocompress.hardware_sim.measured import Measured
 from autocompress.hardware_sim.table import LayerTable
@@ -54,26 +51,10 @@ Floats = NDArray[np.float64]
 Predictor = Callable[[LayerTable], Floats]
 
 
-class RandomImages(CalibrationDataReader):  # type: ignore[misc]
-    """Two batches of noise: ranges of activations do not change times."""
-
-    def __init__(self, name: str) -> None:
-        rng = np.random.default_rng(0)
-        self.batches = iter([{name: rng.standard_normal((1, *SHAPE), dtype=np.float32)} for _ in range(2)])
-
-    def get_next(self) -> dict[str, Any] | None:  # noqa: D102
-        return next(self.batches, None)
-
-
 def quantised(path: Path) -> Path:
-    """The same network with 8-bit weights and activations."""
-    name = onnx.load(path, load_external_data=False).graph.input[0].name
-    target = path.with_suffix(".int8.onnx")
-    settings = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
-    logging.disable(logging.WARNING)  # its advice to run a preprocessing step that changes nothing here
-    quantize_static(path, target, RandomImages(name), **settings)
-    logging.disable(logging.NOTSET)
-    return target
+    """The same network with 8-bit weights and activations; ranges do not change times."""
+    images = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    return export_static_int8(path, path.with_suffix(".int8.onnx"), images)
 
 
 def in_order(layers: Sequence[LayerSpec], timing: Timing, names: Sequence[str]) -> list[float]:

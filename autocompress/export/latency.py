@@ -31,8 +31,8 @@ def measure_latency(
     """Time ONNX files at batch 1 in ONNX Runtime on the CPU.
 
     The files take turns within one loop: a machine's speed drifts, and files measured one after the other
-    would each see another machine. One thread has its CPU time, which is wall time on an idle machine and
-    little more where other programs take turns; several threads have wall time.
+    would each see another machine. One thread has its CPU time: wall time on an idle machine, without the
+    waiting, but not without the lost cache, where others are at work. Several threads have wall time.
 
     Args:
         files: name -> ONNX file.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -94,7 +93,7 @@ def _alone(
         name, model = _start(run, candidate, recipe)
         prepared = prepare_own({name: model}, data, recipe)
     path = run.directory.path / FOLDER / stage
-    with _directory(path, recipe) as directory:
+    with RunDirectory.open_or_create(path, recipe) as directory:
         result = run_again(Run(prepared, directory, on_event, run.workers))
     return {
         "model": str(result.provenance["model"]),
@@ -112,7 +111,3 @@ def _start(run: Run, candidate: Candidate, recipe: Recipe) -> tuple[str, nn.Modu
     problems_of(architectures.largest, recipe)  # refused before it is trained, if it must be
     fit_stage(run, model, run.prepared.recipe.train, stage=f"train {name}", teacher=None)
     return name, model
-
-
-def _directory(path: Path, recipe: Recipe) -> RunDirectory:
-    return RunDirectory.open(path) if (path / "recipe.yaml").exists() else RunDirectory.create(path, recipe)

@@ -24,6 +24,7 @@ from autocompress.pipeline.architectures import (
 from autocompress.pipeline.costs import Counted
 from autocompress.pipeline.problems import Candidate
 from autocompress.pipeline.progress import Event
+from autocompress.pipeline.run_directory import LEDGER
 from autocompress.pipeline.search_stage import Shown, trials_of
 from autocompress.pipeline.stages import Run
 from autocompress.training import weights_digest
@@ -136,7 +137,7 @@ def _scored(run: Run, problem: Problem, supernet: Supernet, derived: Plan) -> tu
     )
     evolution = RegularizedEvolution(population=max(2, min(_POPULATION, settings.num_plans // 4)), sample=2)
     start = time.perf_counter()
-    with Ledger(run.directory.path / "ledger.sqlite") as ledger:
+    with Ledger(run.directory.path / LEDGER) as ledger:
         recorded = ledger.in_front_of(scored)
         values = [derived.arch[knob.name] for knob in problem.knobs]
         first = recorded.assess(values, index=0, source="distribution")

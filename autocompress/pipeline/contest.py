@@ -23,7 +23,7 @@ from autocompress.pipeline.progress import OnEvent, silent
 from autocompress.pipeline.quick_score import QuickScore
 from autocompress.pipeline.recipe import Recipe, Stage
 from autocompress.pipeline.run import absolute_paths, check_inputs, recipe_threads
-from autocompress.pipeline.run_directory import RunDirectory
+from autocompress.pipeline.run_directory import LEDGER, RunDirectory
 from autocompress.pipeline.search_stage import Shown, search_channels
 
 _Score = TypeVar("_Score")
@@ -182,7 +182,7 @@ def _run(run: stages.Run, contest: Contest) -> Outcome:
     problem.reachable()
     attempts: list[Attempt] = []
     with (
-        Ledger(run.directory.path / "ledger.sqlite") as ledger,
+        Ledger(run.directory.path / LEDGER) as ledger,
         evaluated_by(problem, run.workers) as shared,
     ):
         recorded = ledger.in_front_of(shared)

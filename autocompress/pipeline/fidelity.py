@@ -24,10 +24,10 @@ from autocompress.pipeline.progress import Event, OnEvent, silent
 from autocompress.pipeline.quick_score import QuickScore
 from autocompress.pipeline.recipe import Recipe
 from autocompress.pipeline.run import check_inputs, recipe_threads
-from autocompress.pipeline.run_directory import RunDirectory
+from autocompress.pipeline.run_directory import LEDGER, RunDirectory
 from autocompress.training import TrainSettings, evaluate, fit, weights_digest
 
-FOLDER, LEDGER = "fidelity", "ledger.sqlite"
+FOLDER = "fidelity"
 LEAST = 3
 """Two plans are always in perfect order or in perfect disorder."""
 

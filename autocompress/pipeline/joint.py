@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from autocompress.core import Plan
 from autocompress.core.errors import RecipeError
-from autocompress.hardware_sim import UnsupportedLayerError, load_target
+from autocompress.hardware_sim import UnsupportedLayerError
 from autocompress.nas import (
     ElasticSupernet,
     JointProblem,
@@ -62,7 +62,7 @@ def joint_space_of(recipe: Recipe, input_shape: Sequence[int], num_classes: int)
         raise RecipeError("quantise.act_bits: a joint search needs bits of activations as well, got none")
     return JointSpace(
         widest,
-        round_to=recipe.prune.round_to or channel_step(load_target(recipe.target) if recipe.target else None),
+        round_to=recipe.prune.round_to or channel_step(None),
         weight_bits=quantise.weight_bits if bits else (8,),
         act_bits=quantise.act_bits if bits else (8,),
         first_last=quantise.first_last,

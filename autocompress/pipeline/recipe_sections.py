@@ -282,7 +282,7 @@ class PruneSettings(Section):
             that :func:`autocompress.pipeline.costs.share_for_first` gives it.
         importance: which channels go first.
         round_to: kept channels are a multiple of this where the layer is wide enough; null for the channels
-            that the target works on at once where it says so (``this-cpu``: 16), else 8.
+            that the target works on at once where it says so (``this-cpu``: 16), else 8; 8 in joint searches.
         min_keep: smallest share of its channels a layer keeps.
         reconstruct: whether remaining weights are refitted by least squares.
         recalibrate_batches: batches of calibration images that renew a candidate's BatchNorm statistics, as

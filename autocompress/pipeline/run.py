@@ -132,7 +132,7 @@ def compress(
         else:
             prepared = prepare_own({type(model).__name__: copy.deepcopy(model)}, data, recipe)
         path = Path(run_dir) if run_dir else RunDirectory.next_free(Path("runs"), recipe.name)
-        with _create_or_open(path, recipe) as directory:
+        with RunDirectory.open_or_create(path, recipe) as directory:
             return run_stages(stages.Run(prepared, directory, on_event, workers))
 
 
@@ -207,16 +207,6 @@ def _check_single(recipe: Recipe) -> None:
             f"{recipe.name}: its budgets have several limits, which make several networks; "
             "use run_series or resume_series, or give one limit"
         )
-
-
-def _create_or_open(path: Path, recipe: Recipe) -> RunDirectory:
-    if not (path / "recipe.yaml").exists():
-        return RunDirectory.create(path, recipe)
-    directory = RunDirectory.open(path)
-    if directory.recipe.digest != recipe.digest:
-        directory.close()
-        raise RunDirectoryError(f"{path} belongs to another recipe; choose another run_dir")
-    return directory
 
 
 @contextmanager

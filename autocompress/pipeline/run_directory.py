@@ -14,6 +14,7 @@ from autocompress.core.files import TEMPORARY, write_atomically
 from autocompress.pipeline.recipe import Recipe
 
 LOCK = ".lock"
+LEDGER = "ledger.sqlite"
 
 
 class RunDirectory:
@@ -71,6 +72,21 @@ class RunDirectory:
         if not (path / "recipe.yaml").is_file():
             raise RunDirectoryError(f"{path} is not a run directory: it holds no recipe.yaml")
         return cls(path)
+
+    @classmethod
+    def open_or_create(cls, path: Path, recipe: Recipe) -> RunDirectory:
+        """The run in a folder, or a new one there.
+
+        Raises:
+            RunDirectoryError: it belongs to another recipe, is in use, or holds something else.
+        """
+        if not (path / "recipe.yaml").exists():
+            return cls.create(path, recipe)
+        directory = cls.open(path)
+        if directory.recipe.digest != recipe.digest:
+            directory.close()
+            raise RunDirectoryError(f"{path} belongs to another recipe; choose another folder")
+        return directory
 
     @staticmethod
     def next_free(parent: Path, name: str) -> Path:

@@ -23,11 +23,11 @@ from autocompress.pipeline.problems import (
 from autocompress.pipeline.progress import Event
 from autocompress.pipeline.quick_score import QuickScore
 from autocompress.pipeline.recipe import Stage
+from autocompress.pipeline.run_directory import LEDGER
 from autocompress.pipeline.stages import Run
 from autocompress.quant import QuantTables
 from autocompress.quant.stored import structure_of
 
-LEDGER = "ledger.sqlite"
 EARLIER = "tighter budgets"
 """Who found a plan that the search of a tighter budget of the same series had scored."""
 

@@ -21,9 +21,8 @@ from autocompress.pipeline.progress import Event, OnEvent, silent
 from autocompress.pipeline.recipe import Recipe
 from autocompress.pipeline.report import environment
 from autocompress.pipeline.run import absolute_paths, check_inputs, recipe_threads, run_stages
-from autocompress.pipeline.run_directory import RunDirectory
+from autocompress.pipeline.run_directory import LEDGER, RunDirectory
 from autocompress.pipeline.run_files import RunFiles
-from autocompress.pipeline.search_stage import LEDGER
 
 REPORT = "series.html"
 
@@ -147,7 +146,7 @@ def _run(run: stages.Run) -> SeriesResult:
             prepared = prepare_own(
                 {candidate.name: copy.deepcopy(candidate.model)}, run.prepared.data, member
             )
-            with _directory(path, member) as directory:
+            with RunDirectory.open_or_create(path, member) as directory:
                 if (known := run.directory.read_json(ANCHOR)) is not None:
                     directory.write_json(ANCHOR, known)
                 run_stages(
@@ -168,10 +167,6 @@ def _run(run: stages.Run) -> SeriesResult:
 
 def _frozen(earlier: Mapping[str, list[Trial]]) -> dict[str, tuple[Trial, ...]]:
     return {digest: tuple(trials) for digest, trials in earlier.items()}
-
-
-def _directory(path: Path, recipe: Recipe) -> RunDirectory:
-    return RunDirectory.open(path) if (path / "recipe.yaml").exists() else RunDirectory.create(path, recipe)
 
 
 def _write_report(series: SeriesResult, directory: RunDirectory) -> None:

@@ -77,8 +77,8 @@ def spread(dataset: Samples, batch_size: int, *, limit: int) -> Iterator[tuple[T
 def training_images(dataset: Samples, count: int, *, batch_size: int = 128, seed: int) -> list[Tensor]:
     """At least ``count`` images in batches as training draws them, shuffled and augmented; all if fewer.
 
-    BatchNorm's statistics in a trained network are those of such images: on CIFAR-10, averages over images
-    without crops and flips are so different that they cost ResNet-20 more than rounding to four bits.
+    BatchNorm's statistics in a trained network are those of such images; averages over images without crops
+    and flips are others.
     """
     stream = batches(dataset, batch_size, seed=seed)
     return [images for images, _ in itertools.islice(stream, -(-count // batch_size))]
